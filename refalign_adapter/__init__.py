@@ -1,0 +1,52 @@
+"""Reference images for frozen video diffusion transformers, by a small adapter. Names are imported on first use."""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .alignment.reference_loss import reference_alignment_loss
+    from .branch.attach import ReferenceBranch, attach
+    from .config import RefAlignConfig
+    from .errors import ConfigError, UserError
+    from .pipelines.load import load_adapter
+    from .pipelines.merge import merge_and_unload
+
+_SOURCES = {
+    "ConfigError": ".errors",
+    "RefAlignConfig": ".config",
+    "ReferenceBranch": ".branch.attach",
+    "UserError": ".errors",
+    "attach": ".branch.attach",
+    "load_adapter": ".pipelines.load",
+    "merge_and_unload": ".pipelines.merge",
+    "reference_alignment_loss": ".alignment.reference_loss",
+}
+
+__all__ = [
+    "ConfigError",
+    "RefAlignConfig",
+    "ReferenceBranch",
+    "UserError",
+    "attach",
+    "load_adapter",
+    "merge_and_unload",
+    "reference_alignment_loss",
+]
+
+try:
+    __version__ = version("refalign-adapter")
+except PackageNotFoundError:  # a checkout on the path without an install
+    __version__ = "0.0.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _SOURCES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_SOURCES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

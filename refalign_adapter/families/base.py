@@ -1,0 +1,153 @@
+"""What the package needs to know of a DiT family, and how a model's family is found.
+
+A family is one file here: its name is the family's key and it defines `FAMILY`, an instance of a `Family` subclass.
+Third parties pass a dotted path instead, `package.module:attribute`.
+
+Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, S text tokens, D text
+width.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from abc import ABC, abstractmethod
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+
+class Family(ABC):
+    """One DiT family: where its parts are, how its inputs are made. Stateless; models are passed in.
+
+    Attributes:
+        key: the name it is known by, equal to its file's.
+        transformer_classes: names of the diffusers classes it covers.
+        pipeline_class: name of the diffusers text-to-video pipeline class.
+        video_argument, text_argument: names of the transformer's forward arguments for latents and prompt embeddings.
+    """
+
+    key: str
+    transformer_classes: tuple[str, ...]
+    pipeline_class: str
+    video_argument: str = "hidden_states"
+    text_argument: str = "encoder_hidden_states"
+
+    @abstractmethod
+    def transformer_problem(self, transformer: Any) -> str | None:
+        """Why this variant cannot take references, in one line; None when it can."""
+
+    @abstractmethod
+    def pipeline_problem(self, pipe: Any) -> str | None:
+        """Why this pipeline cannot take references, in one line; None when it can."""
+
+    @abstractmethod
+    def describe(self, transformer: Any) -> dict[str, Any]:
+        """JSON facts that decide whether an adapter fits a model; saved with the adapter."""
+
+    @abstractmethod
+    def blocks(self, transformer: Any) -> list[nn.Module]:
+        """The transformer blocks in order; each takes and returns (B, tokens, dim)."""
+
+    @abstractmethod
+    def self_attention(self, block: Any) -> nn.Module:
+        """The block's self-attention; its forward has an `attention_mask` argument."""
+
+    @abstractmethod
+    def cross_attention(self, block: Any) -> nn.Module | None:
+        """The block's attention to the text, or None."""
+
+    @abstractmethod
+    def hidden_size(self, transformer: Any) -> int:
+        """Width of a token."""
+
+    @abstractmethod
+    def patch_size(self, transformer: Any) -> tuple[int, int, int]:
+        """Latent frames, rows and columns that make one token."""
+
+    @abstractmethod
+    def target_modules(self, transformer: Any) -> list[str]:
+        """Names of the linear layers that get LoRA by default."""
+
+    @abstractmethod
+    def forward_arguments(self, latents: Tensor, sigmas: Tensor, text: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the transformer: latents (B, C, F, H, W), sigmas (B,) in [0, 1], text (B, S, D)."""
+
+    @abstractmethod
+    def load_transformer(self, name: str, **options: Any) -> nn.Module:
+        """Load the transformer alone from a diffusers folder or Hub id; `options` as in `from_pretrained`."""
+
+    @abstractmethod
+    def load_encoders(self, name: str, **options: Any) -> Any:
+        """Load the pipeline without its transformer: VAE, text encoder, tokenizer, scheduler."""
+
+    @abstractmethod
+    def load_pipeline(self, name: str, **options: Any) -> Any:
+        """Load the whole text-to-video pipeline."""
+
+    @abstractmethod
+    def size_multiples(self, pipe: Any, patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(t, h, w): frames must be k · t + 1, height a multiple of h and width of w, in pixels."""
+
+    @abstractmethod
+    def encode_video(self, pipe: Any, video: Tensor) -> Tensor:
+        """Videos (B, 3, frames, height, width) in [−1, 1] to normalised latents (B, C, F, H, W), float32."""
+
+    @abstractmethod
+    def encode_images(self, pipe: Any, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width) in [−1, 1] to normalised one-frame latents (B, C, H, W), float32."""
+
+    @abstractmethod
+    def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
+        """Prompts to embeddings (B, max_sequence_length, D); rows past a prompt's last token are zero."""
+
+    @abstractmethod
+    def flow_shift(self, scheduler: Any) -> float:
+        """The timestep shift the model's scheduler is configured with."""
+
+
+def known_families() -> dict[str, Family]:
+    """All families of this package, key -> family."""
+    package = import_module(__package__ or "")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base"]
+    return {name: import_module(f"{__package__}.{name}").FAMILY for name in sorted(names)}
+
+
+def load_family(model: Any, family: str | None = None) -> Family:
+    """Find the family of a transformer (or of anything whose class name a family declares).
+
+    Args:
+        model: a transformer, or a class name as it stands in a model's config.
+        family: a family's key, or `package.module:attribute` for one outside this package; None looks at the model.
+
+    Raises:
+        UserError: no such family, or a model that no family knows or whose variant is not supported.
+    """
+    found = _named_family(family) if family else _family_of(model)
+    if isinstance(model, nn.Module) and (problem := found.transformer_problem(model)):
+        raise UserError(problem)
+    return found
+
+
+def _named_family(name: str) -> Family:
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"family: cannot load {name!r} ({error})") from None
+    families = known_families()
+    if name not in families:
+        raise UserError(f"family must be one of {sorted(families)} or package.module:attribute, got {name!r}")
+    return families[name]
+
+
+def _family_of(model: Any) -> Family:
+    name = model if isinstance(model, str) else type(model).__name__
+    for found in known_families().values():
+        if name in found.transformer_classes:
+            return found
+    supported = sorted(cls for found in known_families().values() for cls in found.transformer_classes)
+    raise UserError(f"base: {name} is no known DiT; supported are {', '.join(supported)}")

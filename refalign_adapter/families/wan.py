@@ -1,0 +1,127 @@
+"""Wan 2.1 text-to-video in diffusers: `WanTransformer3DModel`, `WanPipeline`.
+
+Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..flow import TIMESTEPS
+from .base import Family
+
+EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+
+class WanFamily(Family):
+    """Wan 2.1 T2V, 1.3B and 14B, and any configuration of the same class that takes one timestep per sample."""
+
+    key = "wan"
+    transformer_classes = ("WanTransformer3DModel",)
+    pipeline_class = "WanPipeline"
+
+    def transformer_problem(self, transformer: Any) -> str | None:
+        config = transformer.config
+        if config.image_dim is not None or config.added_kv_proj_dim is not None:
+            return f"base: this is an image-to-video Wan; references need a text-to-video one, such as {EXAMPLE}"
+        if config.in_channels != config.out_channels:
+            return (
+                f"base: this Wan takes {config.in_channels} channels and predicts {config.out_channels} (an editing "
+                f"or control model); references need a text-to-video one, such as {EXAMPLE}"
+            )
+        return None
+
+    def pipeline_problem(self, pipe: Any) -> str | None:
+        if pipe.config.get("boundary_ratio") is not None or getattr(pipe, "transformer_2", None) is not None:
+            return "base: Wan 2.2 A14B has two transformers, which adapters do not cover yet; use Wan 2.1 T2V"
+        if pipe.config.get("expand_timesteps"):
+            return "base: Wan 2.2 TI2V-5B has a timestep per token, which adapters do not cover yet; use Wan 2.1 T2V"
+        return None
+
+    def describe(self, transformer: Any) -> dict[str, Any]:
+        config = transformer.config
+        names = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "text_dim")
+        return {
+            "family": self.key,
+            "patch_size": list(config.patch_size),
+            **{name: getattr(config, name) for name in names},
+        }
+
+    def blocks(self, transformer: Any) -> list[nn.Module]:
+        return list(transformer.blocks)
+
+    def self_attention(self, block: Any) -> nn.Module:
+        return block.attn1
+
+    def cross_attention(self, block: Any) -> nn.Module | None:
+        return block.attn2
+
+    def hidden_size(self, transformer: Any) -> int:
+        return transformer.config.num_attention_heads * transformer.config.attention_head_dim
+
+    def patch_size(self, transformer: Any) -> tuple[int, int, int]:
+        return tuple(transformer.config.patch_size)
+
+    def target_modules(self, transformer: Any) -> list[str]:
+        attention = [
+            f"{name}.{layer}" for name in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")
+        ]
+        return [*attention, "ffn.net.0.proj", "ffn.net.2"]
+
+    def forward_arguments(self, latents: Tensor, sigmas: Tensor, text: Tensor) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "timestep": sigmas * TIMESTEPS,
+            "encoder_hidden_states": text,
+            "return_dict": False,
+        }
+
+    def load_transformer(self, name: str, **options: Any) -> nn.Module:
+        from diffusers import WanTransformer3DModel
+
+        return WanTransformer3DModel.from_pretrained(name, subfolder="transformer", use_safetensors=True, **options)
+
+    def load_encoders(self, name: str, **options: Any) -> Any:
+        return self.load_pipeline(name, transformer=None, **options)
+
+    def load_pipeline(self, name: str, **options: Any) -> Any:
+        from diffusers import WanPipeline
+
+        return WanPipeline.from_pretrained(name, use_safetensors=True, **options)
+
+    def size_multiples(self, pipe: Any, patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
+        space = pipe.vae.config.scale_factor_spatial
+        return pipe.vae.config.scale_factor_temporal, space * patch_size[1], space * patch_size[2]
+
+    @torch.no_grad()
+    def encode_video(self, pipe: Any, video: Tensor) -> Tensor:
+        vae = pipe.vae
+        latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return (latents - mean) / std
+
+    def encode_images(self, pipe: Any, images: Tensor) -> Tensor:
+        return self.encode_video(pipe, images.unsqueeze(2)).squeeze(2)
+
+    @torch.no_grad()
+    def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
+        if not prompts:
+            raise UserError("prompt: expected at least one, got none")
+        embeds, _ = pipe.encode_prompt(
+            prompt=list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+        )
+        return embeds
+
+    def flow_shift(self, scheduler: Any) -> float:
+        config = scheduler.config
+        return float(config.get("flow_shift") or config.get("shift") or 1.0)
+
+
+FAMILY = WanFamily()
