@@ -1,0 +1,102 @@
+"""Every DiT family through one case table. A new family adds its tiny pipeline here and nothing else."""
+
+import pytest
+import torch
+from tiny_models import save_tiny_pipeline, tiny_pipeline
+
+import refalign_adapter as ra
+from refalign_adapter.families.base import known_families, load_family
+
+PIPELINES = {"wan": tiny_pipeline}
+FAMILIES = known_families()
+
+
+@pytest.fixture(params=sorted(FAMILIES), scope="module")
+def case(request):
+    return FAMILIES[request.param], PIPELINES[request.param]()
+
+
+def test_every_family_has_a_case():
+    assert set(FAMILIES) == set(PIPELINES)
+    assert all(family.key == name for name, family in FAMILIES.items())
+
+
+def test_it_is_found_by_model_class_name_key_and_dotted_path(case):
+    family, pipe = case
+    for found in (
+        load_family(pipe.transformer),
+        load_family(type(pipe.transformer).__name__),
+        load_family(pipe.transformer, family.key),
+        load_family(pipe.transformer, f"refalign_adapter.families.{family.key}:FAMILY"),
+    ):
+        assert found is family
+
+
+def test_the_geometry_is_consistent(case):
+    family, pipe = case
+    transformer = pipe.transformer
+    patch = family.patch_size(transformer)
+    time, height, width = family.size_multiples(pipe, patch)
+    frames, rows, columns = 2 * time + 1, 3 * height, 2 * width
+    video = torch.rand(1, 3, frames, rows, columns, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = family.encode_video(pipe, video)
+    assert latents.dtype == torch.float32
+    assert latents.shape[2:] == (3, 3 * patch[1], 2 * patch[2])
+    images = family.encode_images(pipe, video[:, :, 0])
+    assert images.shape == (1, latents.shape[1], *latents.shape[3:])
+    torch.testing.assert_close(images, latents[:, :, 0], atol=1e-4, rtol=1e-4)  # the first frame stands alone in time
+    text = family.encode_text(pipe, ["a dog"], 12)
+    assert text.shape[:2] == (1, 12)
+    assert not text[0, -1].any()
+    blocks = family.blocks(transformer)
+    seen = []
+    handles = [block.register_forward_hook(lambda _, __, output: seen.append(output.shape)) for block in blocks]
+    with torch.no_grad():
+        out = transformer(**family.forward_arguments(latents, torch.tensor([0.5]), text))[0]
+    for handle in handles:
+        handle.remove()
+    assert out.shape == latents.shape
+    assert seen == [(1, 3 * 3 * 2, family.hidden_size(transformer))] * len(blocks)
+
+
+def test_latents_are_normalised_as_the_pipeline_undoes_it(case):
+    family, pipe = case
+    video = torch.rand(1, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = family.encode_video(pipe, video)
+    mean, std = (
+        torch.tensor(getattr(pipe.vae.config, f"latents_{name}")).view(1, -1, 1, 1, 1) for name in ("mean", "std")
+    )
+    expected = pipe.vae.encode(video).latent_dist.mode()
+    torch.testing.assert_close(latents * std + mean, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_references_and_lora_reach_the_declared_modules(case):
+    family, pipe = case
+    transformer = pipe.transformer
+    names = {name for name, _ in transformer.named_modules()}
+    for target in family.target_modules(transformer):
+        assert any(name.endswith(f".{target}") for name in names), target
+    for block in family.blocks(transformer):
+        assert isinstance(family.self_attention(block), torch.nn.Module)
+    described = family.describe(transformer)
+    assert described["family"] == family.key
+    assert ra.RefAlignConfig.from_dict(ra.RefAlignConfig(base=described).to_dict()).base == described
+
+
+def test_it_loads_from_a_local_folder(case, tmp_path):
+    family, pipe = case
+    folder = save_tiny_pipeline(tmp_path / "base")
+    transformer = family.load_transformer(str(folder))
+    expected = pipe.transformer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in transformer.state_dict().items())
+    encoders = family.load_encoders(str(folder))
+    assert encoders.transformer is None
+    assert family.flow_shift(encoders.scheduler) == 3.0
+    assert family.load_pipeline(str(folder)).transformer is not None
+
+
+@pytest.mark.parametrize("name", ["cogvideo", "no.such.module:FAMILY", "refalign_adapter.families.wan:NOTHING"])
+def test_an_unknown_name_is_one_line(name):
+    with pytest.raises(ra.UserError, match="family") as caught:
+        load_family(None, name)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,181 @@
+"""The training step against the method written out by hand on the same draws."""
+
+import pytest
+import torch
+from tiny_models import tiny_transformer
+
+import refalign_adapter as ra
+from refalign_adapter.alignment.projector import Projectors
+from refalign_adapter.batch import Batch
+from refalign_adapter.training.step import StepOptions, TrainingStep
+
+TEACHERS = {"first": 10, "second": 6}
+KEEP = {"text_dropout": 0.0, "reference_dropout": 0.0, "both_dropout": 0.0}
+
+
+def build_step(teachers=("first",), align_layers=2, **options):
+    transformer = tiny_transformer()
+    config = ra.RefAlignConfig(r=4, align_layers=align_layers, teachers=teachers)
+    branch = ra.attach(transformer, config, seed=0)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in branch.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    widths = {name: TEACHERS[name] for name in teachers}
+    projectors = Projectors(branch.align_blocks, 48, widths, generator) if branch.align_blocks else None
+    return TrainingStep(branch, projectors, StepOptions(**KEEP | options))
+
+
+def make_batch(size=2, references=2, grid=(3, 4)):
+    generator = torch.Generator().manual_seed(6)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    mask = torch.ones(size, references, dtype=torch.bool)
+    mask[-1, -1] = False
+    return Batch(
+        keys=[f"row {i}" for i in range(size)],
+        latents=draw(size, 16, 2, 6, 8),
+        text=draw(size, 5, 32),
+        references=draw(size, 16, references, 6, 8),
+        mask=mask,
+        subjects=torch.arange(references).repeat(size, 1),
+        teacher={name: draw(size, references, *grid, width) for name, width in TEACHERS.items()},
+    )
+
+
+EMPTY_TEXT = torch.zeros(5, 32)
+
+
+def run(step, batch, seed=0, weight=1.0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return step(batch, EMPTY_TEXT, generator=generator, alignment_weight=weight, **options)
+
+
+def by_hand(step, batch, sigmas, noise):
+    """Prediction and features of the same noisy latents, straight from the branch."""
+    shaped = sigmas.view(-1, 1, 1, 1, 1)
+    noisy = (1 - shaped) * batch.latents + shaped * noise
+    step.branch.capture = True
+    with step.branch.references(batch.references, batch.mask):
+        prediction = step.transformer(noisy, 1000 * sigmas, batch.text).sample
+    return prediction, step.branch.features
+
+
+def test_total_is_flow_plus_weight_times_the_mean_over_blocks_and_teachers():
+    step, batch = build_step(teachers=("first", "second"), negative_weight=0.7), make_batch()
+    sigmas = torch.tensor([0.3, 0.8])
+    output = run(step, batch, weight=0.4, sigmas=sigmas)
+    # The same generator first draws the dropout, one number a sample.
+    generator = torch.Generator().manual_seed(0)
+    torch.rand(2, generator=generator)
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    prediction, features = by_hand(step, batch, sigmas, noise)
+    flow = (prediction - (noise - batch.latents)).square().mean()
+    losses = {
+        (block, name): ra.reference_alignment_loss(
+            students[name],
+            batch.teacher[name].flatten(2, 3),
+            negative_weight=0.7,
+            mask=batch.mask,
+            subjects=batch.subjects,
+        )
+        for block, students in step.projectors(features).items()
+        for name in TEACHERS
+    }
+    total = flow + 0.4 * torch.stack([loss.total for loss in losses.values()]).mean()
+    torch.testing.assert_close(output.loss, total)
+    torch.testing.assert_close(output.flow, flow.detach())
+    for block in (0, 1):
+        expected = torch.stack([losses[block, name].positive for name in TEACHERS]).mean()
+        torch.testing.assert_close(output.positive[block], expected.detach())
+        expected = torch.stack([losses[block, name].cosine for name in TEACHERS]).mean()
+        torch.testing.assert_close(output.cosine[block], expected.detach())
+
+
+def test_a_teacher_grid_of_another_size_is_resampled_to_the_tokens():
+    step = build_step()
+    assert torch.isfinite(run(step, make_batch(grid=(5, 7))).loss)
+    exact, coarse = run(step, make_batch()), run(step, make_batch(grid=(5, 7)))
+    assert exact.flow == coarse.flow
+    assert exact.positive[0] != coarse.positive[0]
+
+
+def test_the_gate_multiplies_each_samples_term_by_sigma_to_the_power():
+    batch = make_batch()
+    sigmas = torch.tensor([0.3, 0.8])
+    plain, gated = build_step(), build_step(timestep_gate=3.0)
+    output = run(gated, batch, sigmas=sigmas)
+    alignment = output.loss - output.flow
+    parts = []
+    for i in range(2):
+        one = Batch(
+            [batch.keys[i]],
+            *(getattr(batch, name)[i : i + 1] for name in ("latents", "text", "references", "mask", "subjects")),
+            teacher={name: features[i : i + 1] for name, features in batch.teacher.items()},
+        )
+        generator = torch.Generator().manual_seed(0)
+        torch.rand(2, generator=generator)
+        noise = torch.randn(batch.latents.shape, generator=generator)[i : i + 1]
+        _, features = by_hand(plain, one, sigmas[i : i + 1], noise)
+        students = plain.projectors(features)
+        target = one.teacher["first"].flatten(2, 3)
+        losses = [
+            ra.reference_alignment_loss(students[block]["first"], target, mask=one.mask, subjects=one.subjects).total
+            for block in (0, 1)
+        ]
+        parts.append(sigmas[i] ** 3 * torch.stack(losses).mean())
+    torch.testing.assert_close(alignment, torch.stack(parts).mean(), atol=1e-6, rtol=1e-5)
+
+
+def test_only_lora_and_projectors_get_gradients_and_all_of_them_do():
+    step = build_step()
+    run(step, make_batch()).loss.backward()
+    trained = {name for name, parameter in step.named_parameters() if parameter.grad is not None}
+    declared = {f"transformer.{name}" for name, _ in step.branch.named_parameters()}
+    declared |= {f"projectors.{name}" for name, _ in step.projectors.named_parameters()}
+    assert trained == declared
+
+
+@pytest.mark.parametrize("reason", ["references dropped", "none given", "weight 0"])
+def test_a_step_without_alignment_still_gives_every_parameter_a_gradient(reason):
+    step, batch = build_step(**({"reference_dropout": 1.0} if reason == "references dropped" else {})), make_batch()
+    if reason == "none given":
+        batch.mask[:] = False
+    output = run(step, batch, weight=0.0 if reason == "weight 0" else 1.0)
+    output.loss.backward()
+    assert output.loss.item() == output.flow.item()
+    assert output.positive == {}
+    for parameter in step.projectors.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+def test_conditions_are_dropped_at_the_shares_asked_for():
+    step = build_step(text_dropout=0.2, reference_dropout=0.3, both_dropout=0.1)
+    size = 2000
+    batch = make_batch(2)
+    many = Batch(
+        [""] * size, *(torch.ones(size, 1, 1) for _ in range(3)), torch.ones(size, 2).bool(), batch.subjects, {}
+    )
+    text, mask = step._drop_conditions(many, torch.zeros(1, 1), torch.Generator().manual_seed(0))
+    no_text, no_references = (text == 0).flatten(), ~mask.any(1)
+    assert (no_text & ~no_references).float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert (no_references & ~no_text).float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert (no_references & no_text).float().mean().item() == pytest.approx(0.1, abs=0.03)
+    assert torch.equal(mask.all(1), mask.any(1))
+
+
+def test_the_same_seed_gives_the_same_loss_and_validation_drops_nothing():
+    step, batch = build_step(text_dropout=0.5, reference_dropout=0.5), make_batch()
+    first, again, other = (run(step, batch, seed=seed).flow for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    output = run(step, batch, drop_conditions=False)
+    assert output.positive
+
+
+def test_without_projectors_the_step_is_the_flow_loss():
+    step = build_step(align_layers=0)
+    output = run(step, make_batch())
+    output.loss.backward()
+    assert output.loss.item() == output.flow.item()
+    assert output.cosine == {}
