@@ -1,0 +1,136 @@
+"""A vision encoder's files: fetched from the Hub or found in a folder, read with one clear line when that fails."""
+
+import hashlib
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..files import read_json
+
+UNGATED_TEACHER = "facebook/dinov2-base"
+FILES = ["config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors", "model*.index.json"]
+
+
+def encoder_files() -> list[str]:
+    """Names of the encoder files of this package, sorted; nothing is imported."""
+    found = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    return sorted(name for name in found if name != "base" and not name.startswith("_"))
+
+
+def local_folder(name: str, revision: str | None = None) -> Path:
+    """The folder with an encoder's files: `name` itself, or the Hub's snapshot of it, whose folder name is the commit.
+
+    Raises:
+        UserError: no such folder or repository, no such revision, refused, or neither reachable nor cached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+    except (OSError, ValueError) as error:
+        raise UserError(f"teacher: {_hub_problem(name, revision, error)}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The encoder's config.json.
+
+    Raises:
+        UserError: the file is missing, is not JSON or names no `model_type`.
+    """
+    config = read_json(folder / "config.json", "teacher")
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise UserError(f"teacher: {str(folder / 'config.json')!r} names no model_type; give a transformers encoder")
+    return config
+
+
+def read_processor(folder: Path) -> dict[str, Any]:
+    """What the encoder's preprocessing file declares; empty without such a file.
+
+    The JSON is read and no processor is built: several of transformers' image processors need torchvision.
+
+    Raises:
+        UserError: the file is there but is not JSON.
+    """
+    if (path := folder / "processor_config.json").is_file():
+        if nested := read_json(path, "teacher").get("image_processor"):
+            return nested
+    path = folder / "preprocessor_config.json"
+    return read_json(path, "teacher") if path.is_file() else {}
+
+
+def read_model(folder: Path, model_class: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a folder's weights into the transformers class called `model_class`; weights it has no use for are left.
+
+    Raises:
+        UserError: no safetensors file, an unreadable one, or one that lacks some of the model's weights.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"teacher: {str(folder)!r} holds no safetensors weights, the only kind that is read")
+    loader = getattr(transformers, model_class)
+    try:
+        with _quiet():
+            model, report = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"teacher: cannot load {str(folder)!r} ({' '.join(str(error).split())[:300]})") from error
+    if missing := sorted(report["missing_keys"]):
+        listed = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise UserError(f"teacher: {str(folder)!r} lacks {len(missing)} weights of {model_class} ({listed})")
+    return model
+
+
+def content_digest(folder: Path) -> str:
+    """sha256 of a folder's config and weight files: stands in for the commit hash that only the Hub knows."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _hub_problem(name: str, revision: str | None, error: Exception) -> str:
+    known = ", ".join(encoder_files())
+    if _is_refused(error):
+        return (
+            f"the Hub refused {name!r}, which is gated or private: request access at https://huggingface.co/{name} "
+            f"and log in with `hf auth login`, or use the ungated {UNGATED_TEACHER!r}"
+        )
+    if isinstance(error, (HFValidationError, RepositoryNotFoundError)):
+        return f"{name!r} is neither a folder nor a model on the Hub; known are {known}, as {UNGATED_TEACHER!r}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name!r} has no revision {revision!r}; see https://huggingface.co/{name}/commits"
+    return f"{name!r} is no folder, not in the local cache, and the Hub cannot be reached; download it while online"
+
+
+def _is_refused(error: Exception) -> bool:
+    # The Hub also answers 401 for a repository that does not exist, so the status alone does not decide.
+    if isinstance(error, RepositoryNotFoundError):
+        return isinstance(error, GatedRepoError)
+    # Before huggingface_hub 1.0 an error that came without an answer (offline) was an HTTP error, too.
+    return isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", None) in (401, 403)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # Loading only the vision half of a text-image model would print a table of every unused weight.
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
