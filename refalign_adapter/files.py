@@ -57,7 +57,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         UserError: `path` is a file.
     """
-    target = Path(os.path.abspath(path))
+    target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{str(path)!r} is a file; choose a folder")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,187 @@
+"""Building the cache: the frozen encoders run once over all rows, training then reads what they gave.
+
+A part that is in the cache is skipped, so an interrupted run is taken up by running it again. Under `accelerate
+launch` the rows are shared out among the processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+from torch.utils.data import DataLoader
+
+from ..errors import ConfigError, UserError
+from ..files import require_writable_folder, write_json
+from .encode import PreparedRow, RowEncoder, RowPreparer, facts_of
+from .encoders import Encoders, load_encoders
+from .index import FORMAT, META_NAME, IndexEntry, write_index
+from .manifest import Row, load_manifest, manifest_path
+from .options import CacheOptions
+from .parts import PartStore, file_digest
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class CacheReport:
+    """What a run did, over all processes.
+
+    Attributes:
+        rows: split -> rows in the cache; rows of equal content count once.
+        made, reused: part -> how often it was encoded, and how often it was there.
+        seconds: duration of the run.
+        bytes: of all files that the rows use.
+    """
+
+    rows: dict[str, int] = field(default_factory=dict)
+    made: Counter[str] = field(default_factory=Counter)
+    reused: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    bytes: int = 0
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows that went through, those already cached included."""
+        return sum(self.rows.values()) / max(self.seconds, 1e-9)
+
+    @property
+    def bytes_per_row(self) -> float:
+        """Mean bytes of a row; files that rows share count once."""
+        return self.bytes / max(1, sum(self.rows.values()))
+
+    def summary(self) -> str:
+        """One line for people."""
+        rows = " + ".join(f"{count} {split}" for split, count in self.rows.items())
+        return (
+            f"cached {rows} rows in {self.seconds:.1f} s ({self.rows_per_second:.2f} rows/s): "
+            f"{self.made.total()} parts made, {self.reused.total()} were there; "
+            f"{self.bytes / 1e6:.1f} MB, {self.bytes_per_row / 1e6:.3f} MB a row"
+        )
+
+
+def process_state() -> PartialState:
+    """This process among those that `accelerate launch` started; ACCELERATE_USE_CPU counts as for an Accelerator."""
+    # Processes wait at the end for the one with most left to do, which can be hours.
+    return PartialState(cpu=bool(parse_flag_from_env("ACCELERATE_USE_CPU")), timeout=timedelta(days=7))
+
+
+def cache_dataset(
+    options: CacheOptions, *, device: torch.device | str | None = None, progress: Progress | None = None
+) -> CacheReport:
+    """Read the manifests, load the encoders, build the cache.
+
+    Args:
+        options: see `CacheOptions`.
+        device: of the encoders; None takes accelerate's.
+        progress: called with (rows done, rows in all) of this process.
+
+    Raises:
+        UserError: something the options name is missing, unreadable or does not fit.
+    """
+    if not options.train_data:
+        raise UserError("train_data must name a manifest to make a cache, got null")
+    rows = {
+        split: load_manifest(path, max_references=options.max_references, field=f"{split}_data")
+        for split, path in options.manifests.items()
+    }
+    require_writable_folder(options.cache_dir, "cache_dir")
+    encoders = load_encoders(options, device or process_state().device or "cpu")
+    return build_cache(options, rows, encoders, progress)
+
+
+def build_cache(
+    options: CacheOptions, rows: dict[str, list[Row]], encoders: Encoders, progress: Progress | None = None
+) -> CacheReport:
+    """Encode what is not in the cache yet, then write the indices and `meta.json`.
+
+    A row that cannot be read does not stop the others; the indices are not written then.
+
+    Args:
+        options: see `CacheOptions`.
+        rows: split -> rows.
+        encoders: see `load_encoders`.
+        progress: called with (rows done, rows in all) of this process.
+
+    Raises:
+        ConfigError: lists every row that cannot be read, or sizes that the base cannot cut into tokens.
+    """
+    started, state = time.perf_counter(), process_state()
+    encoders.check_sizes(options)
+    encoder = RowEncoder(options, encoders, facts_of(options, encoders), PartStore(options.cache_dir))
+    if state.is_main_process:
+        encoder.store.remove_leftovers()
+    empty_text = encoder.encode_text("")
+    work = [(split, row) for split, split_rows in rows.items() for row in split_rows]
+    entries, problems = _encode_all(work[state.process_index :: state.num_processes], encoder, progress)
+    every = gather_object([(entries, problems, encoder.made, encoder.reused)])
+    if problems := [problem for item in every for problem in item[1]]:
+        raise ConfigError(problems)
+    splits = {split: _in_order(every, split) for split in rows}
+    report = CacheReport({split: len(found) for split, found in splits.items()})
+    for item in every:
+        report.made += item[2]
+        report.reused += item[3]
+    if state.is_main_process:
+        _write(options, encoder, splits, empty_text)
+        files = {file for found in splits.values() for entry in found for file in entry.parts.files()}
+        report.bytes = sum(encoder.store.size(*file) for file in files)
+    state.wait_for_everyone()
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _encode_all(
+    work: list[tuple[str, Row]], encoder: RowEncoder, progress: Progress | None
+) -> tuple[list[tuple[str, IndexEntry]], list[str]]:
+    """(split, entry) of the rows that could be read, and the problems of the others."""
+    entries, problems = [], []
+    for done, ((split, row), prepared) in enumerate(zip(work, _prepare(work, encoder), strict=True), 1):
+        if prepared.problem is None:
+            entries.append((split, encoder.encode(row, prepared)))
+        else:
+            manifest = encoder.options.manifests.get(split, split)
+            problems.append(f"{manifest_path(manifest)} line {row.line}: {prepared.problem}")
+        if progress:
+            progress(done, len(work))
+    return entries, problems
+
+
+def _prepare(work: list[tuple[str, Row]], encoder: RowEncoder) -> Iterator[PreparedRow]:
+    preparer = RowPreparer([row for _, row in work], encoder.options, encoder.facts, encoder.store)
+    yield from DataLoader(preparer, batch_size=None, num_workers=encoder.options.num_workers, collate_fn=_as_it_is)
+
+
+def _as_it_is(prepared: Any) -> Any:
+    return prepared
+
+
+def _in_order(every: list, split: str) -> list[IndexEntry]:
+    """A split's entries from all processes in the manifest's order, those of equal content once."""
+    found = [entry for item in every for name, entry in item[0] if name == split]
+    unique: dict[str, IndexEntry] = {}
+    for entry in sorted(found, key=lambda entry: entry.line):
+        unique.setdefault(entry.key, entry)
+    return list(unique.values())
+
+
+def _write(options: CacheOptions, encoder: RowEncoder, splits: dict[str, list[IndexEntry]], empty_text: str) -> None:
+    for split, entries in splits.items():
+        write_index(options.cache_dir, split, entries)
+    meta = {
+        "format": FORMAT,
+        "options": options.compared(),
+        "manifests": {split: file_digest(manifest_path(path)) for split, path in options.manifests.items()},
+        "teachers": {name: teacher.dim for name, teacher in encoder.encoders.teachers.items()},
+        "empty_text": empty_text,
+        "provenance": asdict(encoder.facts),
+    }
+    write_json(Path(options.cache_dir) / META_NAME, meta)

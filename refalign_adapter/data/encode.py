@@ -1,0 +1,257 @@
+"""One manifest row to its cached parts: which files they are, what is decoded for them, what the encoders make of it.
+
+Each part is named by a hash of the bytes and settings that decide it, so parts are shared by the rows they are equal
+for, and a changed file, caption, model or setting makes exactly the parts it concerns anew.
+
+Shape letters: B videos, F frames, H and W height and width in pixels, M references, S text tokens, D text width,
+V augmented variants, h and w a teacher's grid, T a teacher's width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import UserError
+from .encoders import Encoders
+from .index import FORMAT, IndexEntry, RowParts
+from .manifest import Row
+from .options import DTYPES, CacheOptions
+from .parts import PartStore, file_digest, hash_of
+from .references import AUGMENTATION, prepare_reference
+from .video import read_image, read_mask, read_video
+
+
+@dataclass(frozen=True)
+class Facts:
+    """JSON facts that decide the parts besides the row itself.
+
+    Attributes:
+        video, references, text: of these parts.
+        teachers: teacher id -> of its features.
+        augmentation: of the references of regular pairs; None where they are not augmented.
+    """
+
+    video: dict[str, Any]
+    references: dict[str, Any]
+    text: dict[str, Any]
+    teachers: dict[str, dict[str, Any]]
+    augmentation: dict[str, Any] | None
+
+
+@dataclass
+class PreparedRow:
+    """What a decoding process hands to the encoders.
+
+    Attributes:
+        parts: the row's parts; None when the row cannot be read.
+        frames: uint8 (F, H, W, 3); None when the latents are in the cache.
+        canvases: uint8 (V, M, H, W, 3); None when all that is made of them is in the cache.
+        problem: why the row cannot be read.
+    """
+
+    parts: RowParts | None = None
+    frames: np.ndarray | None = None
+    canvases: np.ndarray | None = None
+    problem: str | None = None
+
+
+def facts_of(options: CacheOptions, encoders: Encoders) -> Facts:
+    """The facts for these options and encoders."""
+    size = {"height": options.height, "width": options.width}
+    stored = {"format": FORMAT, "dtype": options.dtype}
+    canvas = {**size, "keep_background": options.keep_background}
+    grid = list(encoders.token_grid(options)) if options.teacher_grid == "match" else None
+    augmentation = {
+        "variants": options.reference_variants,
+        "seed": options.seed,
+        "ranges": dataclasses.asdict(AUGMENTATION),
+    }
+    return Facts(
+        video={**stored, **size, "num_frames": options.num_frames, "fps": options.fps, "vae": encoders.vae},
+        references={**stored, **canvas, "vae": encoders.vae},
+        text={**stored, "max_sequence_length": options.max_sequence_length, "encoder": encoders.text_encoder},
+        teachers={
+            name: {**stored, **canvas, "grid": grid, "teacher": teacher.fingerprint()}
+            for name, teacher in encoders.teachers.items()
+        },
+        augmentation=augmentation if options.augment_references else None,
+    )
+
+
+def parts_of(row: Row, facts: Facts) -> RowParts:
+    """The keys of the row's parts; reads all bytes of its files.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    images = [
+        {
+            "image": file_digest(item.image),
+            "mask": file_digest(item.mask) if item.mask else None,
+            "box": [float(side) for side in item.box] if item.box else None,
+        }
+        for item in row.references
+    ]
+    references = {"images": images, "augmentation": facts.augmentation if row.pair == "regular" else None}
+    return RowParts(
+        video=hash_of([file_digest(row.clip), facts.video]),
+        references=hash_of([references, facts.references]),
+        text=text_key(row.caption, facts),
+        teachers={name: hash_of([references, fact]) for name, fact in facts.teachers.items()},
+    )
+
+
+def text_key(caption: str, facts: Facts) -> str:
+    """Name of a caption's part."""
+    return hash_of([caption, facts.text])
+
+
+class RowPreparer(Dataset[PreparedRow]):
+    """Reads what the encoders need of each row; made to run in a DataLoader's worker processes.
+
+    Args:
+        rows: what to read.
+        options, facts: how.
+        store: where finished parts are; what is there is not decoded again.
+    """
+
+    def __init__(self, rows: list[Row], options: CacheOptions, facts: Facts, store: PartStore):
+        self.rows, self.options, self.facts, self.store = rows, options, facts, store
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> PreparedRow:
+        row, options = self.rows[index], self.options
+        prepared = PreparedRow()
+        try:
+            parts = parts_of(row, self.facts)
+            if self.store.shape("video", parts.video) is None:
+                size = {"height": options.height, "width": options.width}
+                prepared.frames = read_video(row.clip, num_frames=options.num_frames, fps=options.fps, **size)
+            drawn = [(part, key) for part, key in parts.files() if part in ("references", "teacher")]
+            if any(self.store.shape(part, key) is None for part, key in drawn):
+                prepared.canvases = draw_canvases(row, options)
+            prepared.parts = parts
+        except UserError as error:
+            prepared.problem = str(error)
+        return prepared
+
+
+def draw_canvases(row: Row, options: CacheOptions) -> np.ndarray:
+    """The row's references as the encoders see them, uint8 (V, M, H, W, 3); V is 1 where nothing is augmented.
+
+    Raises:
+        UserError: an image or mask that cannot be read or does not fit.
+    """
+    augmented = options.augment_references and row.pair == "regular"
+    variants: list[list[np.ndarray]] = [[] for _ in range(options.reference_variants if augmented else 1)]
+    for reference in row.references:
+        image = read_image(reference.image)
+        mask = read_mask(reference.mask) if reference.mask else None
+        digest = file_digest(reference.image)
+        for number, canvases in enumerate(variants):
+            # A reference draws the same augmentation wherever it occurs.
+            seed = int(hash_of([options.seed, digest, number])[:16], 16) if augmented else None
+            try:
+                canvas = prepare_reference(
+                    image,
+                    height=options.height,
+                    width=options.width,
+                    mask=mask,
+                    box=reference.box,
+                    keep_background=options.keep_background,
+                    augmentation_seed=seed,
+                )
+            except UserError as error:
+                raise UserError(f"reference {str(reference.image)!r}: {error}") from None
+            canvases.append(np.asarray(canvas))
+    return np.stack([np.stack(canvases) for canvases in variants])
+
+
+@dataclass
+class RowEncoder:
+    """Runs the encoders on prepared rows and writes the parts.
+
+    Attributes:
+        options, encoders, facts, store: how and where.
+        made, reused: part -> files written, files that were there.
+    """
+
+    options: CacheOptions
+    encoders: Encoders
+    facts: Facts
+    store: PartStore
+    made: Counter[str] = field(default_factory=Counter)
+    reused: Counter[str] = field(default_factory=Counter)
+
+    def encode(self, row: Row, prepared: PreparedRow) -> IndexEntry:
+        """Write the parts that are missing; returns the row's entry of the index."""
+        parts = prepared.parts
+        assert parts is not None
+        shape = self._part("video", parts.video, lambda: self._latents(prepared.frames))
+        references = self._part("references", parts.references, lambda: self._references(prepared.canvases))
+        self.encode_text(row.caption)
+        for name, key in parts.teachers.items():
+            self._part("teacher", key, partial(self._features, name, prepared.canvases))
+        return IndexEntry(
+            key=hash_of([parts.video, parts.references, parts.text, row.subjects]),
+            file_name=row.file_name,
+            line=row.line,
+            parts=parts,
+            shape=shape,
+            variants=references[0],
+            subjects=tuple(row.subjects),
+        )
+
+    def encode_text(self, caption: str) -> str:
+        """Write a caption's embedding (tokens, D) up to its last token; returns its key."""
+        key = text_key(caption, self.facts)
+        self._part("text", key, lambda: self._embedding(caption))
+        return key
+
+    def _part(self, part: str, key: str, make: Callable[[], Tensor]) -> tuple[int, ...]:
+        """Shape of the part, made if it is missing."""
+        shape = self.store.shape(part, key)
+        (self.made if shape is None else self.reused)[part] += 1
+        if shape is None:
+            tensor = make().to(DTYPES[self.options.dtype])
+            self.store.write(part, key, tensor)
+            shape = tuple(tensor.shape)
+        return shape
+
+    def _latents(self, frames: np.ndarray | None) -> Tensor:
+        assert frames is not None
+        video = torch.from_numpy(frames).movedim(-1, 0).unsqueeze(0)
+        return self.encoders.family.encode_video(self.encoders.pipe, video / 127.5 - 1)[0]
+
+    def _references(self, canvases: np.ndarray | None) -> Tensor:
+        images = _images(canvases)
+        encode = self.encoders.family.encode_images
+        return torch.stack([encode(self.encoders.pipe, variant * 2 - 1) for variant in images])
+
+    def _features(self, name: str, canvases: np.ndarray | None) -> Tensor:
+        grid = self.encoders.token_grid(self.options) if self.options.teacher_grid == "match" else None
+        return torch.stack([self.encoders.teachers[name].encode(variant, grid) for variant in _images(canvases)])
+
+    def _embedding(self, caption: str) -> Tensor:
+        length = self.options.max_sequence_length
+        text = self.encoders.family.encode_text(self.encoders.pipe, [caption], length)[0]
+        real = text.ne(0).any(-1).nonzero()
+        return text[: int(real.max()) + 1 if len(real) else 1]
+
+
+def _images(canvases: np.ndarray | None) -> Tensor:
+    """uint8 (V, M, H, W, 3) to float (V, M, 3, H, W) in [0, 1]."""
+    assert canvases is not None
+    return torch.from_numpy(canvases).movedim(-1, 2) / 255

@@ -1,0 +1,143 @@
+"""The frozen encoders that make a cache, and their versions: the base's VAE and text encoder, and the teachers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+from ..errors import ConfigError, UserError
+from ..families.base import Family, load_family
+from ..teachers.base import Teacher, load_teacher
+from .options import DTYPES, CacheOptions, model_id
+
+PIPELINE_CONFIG = "model_index.json"
+
+
+@dataclass
+class Encoders:
+    """What encodes rows, on one device.
+
+    Attributes:
+        family: the base's family.
+        pipe: the base's pipeline without its transformer.
+        patch_size: latent frames, rows and columns that make one token of the base's transformer.
+        teachers: id -> teacher.
+        vae: JSON facts that decide latents.
+        text_encoder: JSON facts that decide text embeddings.
+    """
+
+    family: Family
+    pipe: Any
+    patch_size: tuple[int, int, int]
+    teachers: dict[str, Teacher] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+
+    def token_grid(self, options: CacheOptions) -> tuple[int, int]:
+        """Rows and columns of tokens that the base's transformer makes of a reference."""
+        _, rows, columns = self.family.size_multiples(self.pipe, self.patch_size)
+        return options.height // rows, options.width // columns
+
+    def check_sizes(self, options: CacheOptions) -> None:
+        """Refuse sizes that the base cannot cut into tokens.
+
+        Raises:
+            ConfigError: lists every such size, each with the nearest that fits.
+        """
+        time, rows, columns = self.family.size_multiples(self.pipe, self.patch_size)
+        problems = []
+        if (options.num_frames - 1) % time:
+            near = max(0, round((options.num_frames - 1) / time)) * time + 1
+            problems.append(f"num_frames must be a multiple of {time} plus 1, got {options.num_frames}; try {near}")
+        for name, multiple in (("height", rows), ("width", columns)):
+            value = getattr(options, name)
+            if value % multiple:
+                near = max(1, round(value / multiple)) * multiple
+                problems.append(f"{name} must be a multiple of {multiple}, got {value}; try {near}")
+        if problems:
+            raise ConfigError(problems)
+
+
+def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> Encoders:
+    """Load VAE, text encoder and teachers onto `device`; the base's transformer is only asked for its config.
+
+    Raises:
+        UserError: a base or teacher that cannot be read or is not supported.
+        ConfigError: sizes that the base cannot cut into tokens.
+    """
+    name = options.base_model
+    try:
+        family, patch_size = _read_base(options)
+        text_dtype = DTYPES[options.text_encoder_dtype]
+        pipe = family.load_encoders(
+            name,
+            revision=options.revision,
+            variant=options.variant,
+            torch_dtype={"vae": torch.float32, "default": text_dtype},
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"base_model: cannot read {name!r} as a diffusers pipeline ({reason})") from None
+    teachers = {
+        teacher: load_teacher(teacher, device=device, layer=options.teacher_layer) for teacher in options.teachers
+    }
+    base = {"id": model_id(name), "variant": options.variant}
+    encoders = Encoders(
+        family,
+        pipe.to(device),
+        patch_size,
+        teachers,
+        vae={**base, "version": version_of(options, ("vae",)), "dtype": "fp32"},
+        text_encoder={
+            **base,
+            "version": version_of(options, ("text_encoder", "tokenizer")),
+            "dtype": options.text_encoder_dtype,
+        },
+    )
+    encoders.check_sizes(options)
+    return encoders
+
+
+def _read_base(options: CacheOptions) -> tuple[Family, tuple[int, int, int]]:
+    """The base's family and patch size, from its configs alone."""
+    config: Any = diffusers.DiffusionPipeline.load_config(options.base_model, revision=options.revision)
+    class_name = (config.get("transformer") or [None, None])[1]
+    family = load_family(str(class_name), options.family)
+    if problem := family.pipeline_problem(SimpleNamespace(config=config)):
+        raise UserError(problem)
+    transformer_class = getattr(diffusers, str(class_name))
+    values = transformer_class.load_config(options.base_model, subfolder="transformer", revision=options.revision)
+    with torch.device("meta"):
+        transformer = transformer_class.from_config(values)
+    load_family(transformer, options.family)
+    return family, family.patch_size(transformer)
+
+
+def version_of(options: CacheOptions, components: tuple[str, ...]) -> str:
+    """What version of a base's components is loaded: the Hub's commit, or a digest of a local folder's files.
+
+    Args:
+        options: name the base.
+        components: beginnings of the subfolders' names, such as "tokenizer".
+    """
+    if not os.path.isdir(options.base_model):
+        path = try_to_load_from_cache(options.base_model, PIPELINE_CONFIG, revision=options.revision)
+        assert isinstance(path, str)  # it was loaded just before
+        return Path(path).parent.name
+    digest = hashlib.sha256()
+    for path in sorted(Path(options.base_model).glob("*/*")):
+        if path.is_file() and path.parent.name.startswith(components):
+            digest.update(f"{path.parent.name}/{path.name}".encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,109 @@
+"""What a cache says of itself: `meta.json`, and an index line per row so that training plans without opening files.
+
+cache_dir/meta.json               options, versions of the encoders, the empty text's part
+cache_dir/index-<split>.jsonl     rows in the manifest's order
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import atomic_file, read_json
+
+META_NAME = "meta.json"
+FORMAT = 1
+"""Raised when what a cache holds changes its meaning: all of it is then made anew."""
+
+REMEDY = "run `refalign cache --config …`"
+
+
+@dataclass(frozen=True)
+class RowParts:
+    """Keys of a row's parts (see `PartStore`); `teachers` by teacher id."""
+
+    video: str
+    references: str
+    text: str
+    teachers: dict[str, str]
+
+    def files(self) -> list[tuple[str, str]]:
+        """(part, key) of every file."""
+        parts = [("video", self.video), ("references", self.references), ("text", self.text)]
+        return parts + [("teacher", key) for key in self.teachers.values()]
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """One row of the cache.
+
+    Attributes:
+        key: the row's name, by its content.
+        file_name, line: the clip and where its row stands in the manifest.
+        parts: which files hold it.
+        shape: of its video latents: channels, frames, height, width.
+        variants: augmented versions of its references.
+        subjects: a number per reference; equal ones are views of one subject.
+    """
+
+    key: str
+    file_name: str
+    line: int
+    parts: RowParts
+    shape: tuple[int, ...]
+    variants: int
+    subjects: tuple[int, ...]
+
+
+def index_path(cache_dir: str | Path, split: str) -> Path:
+    """Where a split's index is."""
+    return Path(cache_dir) / f"index-{split}.jsonl"
+
+
+def write_index(cache_dir: str | Path, split: str, entries: Iterable[IndexEntry]) -> None:
+    """Write a split's index, atomically."""
+    with atomic_file(index_path(cache_dir, split)) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
+
+
+def read_index(cache_dir: str | Path, split: str) -> list[IndexEntry]:
+    """Read a split's index.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = index_path(cache_dir, split)
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [_entry(json.loads(line)) for line in file]
+    except FileNotFoundError:
+        raise UserError(f"cache_dir: {str(cache_dir)!r} has no {split} rows; {REMEDY}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cache_dir: {str(path)!r} is damaged ({error}); {REMEDY}") from None
+
+
+def _entry(values: dict[str, Any]) -> IndexEntry:
+    values["parts"] = RowParts(**values["parts"])
+    values["shape"], values["subjects"] = tuple(values["shape"]), tuple(values["subjects"])
+    return IndexEntry(**values)
+
+
+def read_meta(cache_dir: str | Path) -> dict[str, Any]:
+    """Read `meta.json`.
+
+    Raises:
+        UserError: there is no cache, or it is damaged.
+    """
+    path = Path(cache_dir) / META_NAME
+    if not path.is_file():
+        raise UserError(f"cache_dir: there is no finished cache in {str(cache_dir)!r}; {REMEDY}")
+    meta = read_json(path, "cache_dir")
+    if not isinstance(meta, dict) or not {"format", "options", "teachers", "empty_text"} <= set(meta):
+        raise UserError(f"cache_dir: {str(path)!r} is damaged; {REMEDY}")
+    if meta["format"] != FORMAT:
+        raise UserError(f"cache_dir: {str(cache_dir)!r} was made by another version of this package; {REMEDY}")
+    return meta

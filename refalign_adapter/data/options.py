@@ -1,0 +1,142 @@
+"""What a cache is made of and how: the options that decide its content."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import DEFAULT_TEACHER
+from ..errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TEACHER_GRIDS = ("match", "native")
+
+COMPARED = (
+    "base_model",
+    "height",
+    "width",
+    "num_frames",
+    "fps",
+    "max_references",
+    "augment_references",
+    "reference_variants",
+    "keep_background",
+    "max_sequence_length",
+    "teacher_layer",
+    "teacher_grid",
+)
+"""Options in which a cache and the training that reads it must agree."""
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How rows become cached samples.
+
+    Args:
+        base_model: diffusers folder or Hub id whose VAE and text encoder are used.
+        cache_dir: folder of the cache.
+        train_data: manifest of the training rows, or its folder.
+        validation_data: manifest of held-out rows; None: there is none.
+        revision, variant: of the base model on the Hub.
+        family: the base's family, see `load_family`; None finds it by the base's config.
+        height, width, num_frames: of the videos in pixels and frames.
+        fps: frames a second that clips are sampled at; None takes consecutive frames.
+        max_references: references of a row at most.
+        augment_references: whether references of regular pairs are augmented; those of cross pairs never are.
+        reference_variants: augmented versions of each reference of a regular pair.
+        keep_background: whether what a reference's mask leaves out stays within its bounding box.
+        max_sequence_length: text tokens that captions are cut and padded to.
+        teachers: ids or folders of vision encoders.
+        teacher_layer: which hidden states they give, see `Teacher`.
+        teacher_grid: "match" encodes references on the DiT's token grid, "native" on each teacher's own.
+        dtype: fp32, fp16 or bf16: what is stored.
+        text_encoder_dtype: fp32, fp16 or bf16: what the text encoder computes in; the VAE always computes in fp32.
+        seed: of the augmentations.
+        num_workers: processes that decode clips while this one encodes; 0 decodes here.
+
+    Raises:
+        ConfigError: lists every problem at once.
+    """
+
+    base_model: str
+    cache_dir: str
+    train_data: str | None = None
+    validation_data: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    family: str | None = None
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    fps: float | None = 16.0
+    max_references: int = 4
+    augment_references: bool = True
+    reference_variants: int = 1
+    keep_background: bool = False
+    max_sequence_length: int = 512
+    teachers: tuple[str, ...] = (DEFAULT_TEACHER,)
+    teacher_layer: int = -1
+    teacher_grid: str = "match"
+    dtype: str = "bf16"
+    text_encoder_dtype: str = "bf16"
+    seed: int = 0
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "teachers", tuple(self.teachers))
+        problems = []
+        for name in ("height", "width", "num_frames", "max_references", "reference_variants", "max_sequence_length"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.fps is not None and not self.fps > 0:
+            problems.append(f"fps must be positive, got {self.fps}")
+        if self.teacher_grid not in TEACHER_GRIDS:
+            problems.append(f"teacher_grid must be one of {', '.join(TEACHER_GRIDS)}, got {self.teacher_grid!r}")
+        for name in ("dtype", "text_encoder_dtype"):
+            if getattr(self, name) not in DTYPES:
+                problems.append(f"{name} must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
+        if problems:
+            raise ConfigError(problems)
+        # 8 and 8.0 must not make two caches.
+        object.__setattr__(self, "fps", None if self.fps is None else float(self.fps))
+
+    @property
+    def manifests(self) -> dict[str, str]:
+        """Split ("train", "validation") -> manifest, of those that are given."""
+        named = {"train": self.train_data, "validation": self.validation_data}
+        return {split: path for split, path in named.items() if path}
+
+    def compared(self) -> dict[str, Any]:
+        """The options in which a cache and its reader must agree, as JSON types."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name in COMPARED}
+        return values | {"base_model": model_id(self.base_model)}
+
+
+def model_id(name: str) -> str:
+    """A Hub id as it is, a folder by its own name: what is made with it stays valid when it moves."""
+    return os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
+
+
+def options_of(recipe: Any) -> CacheOptions:
+    """The cache that a training recipe needs.
+
+    Args:
+        recipe: a `training.config.Recipe`.
+
+    Raises:
+        ConfigError: values that make no cache.
+    """
+    data = recipe.data.model_dump(exclude={"validation_rows"})
+    aligned = recipe.alignment.weight > 0 and recipe.adapter.align_layers not in (0, [])
+    return CacheOptions(
+        base_model=recipe.pretrained_model_name_or_path,
+        revision=recipe.revision,
+        variant=recipe.variant,
+        max_sequence_length=recipe.adapter.max_sequence_length,
+        teachers=tuple(recipe.adapter.teachers) if aligned else (),
+        **data,
+    )

@@ -1,0 +1,205 @@
+"""Videos and images in and out: sampled by frame rate, resized without stretching, written whole or not at all.
+
+Shape letters: F frames, H and W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import UserError
+from ..files import atomic_file
+
+CLOCK_TOLERANCE = 1e-3
+"""Seconds by which a container's rounded time stamps may be late."""
+
+
+def read_video(path: str | Path, *, num_frames: int, height: int, width: int, fps: float | None = None) -> np.ndarray:
+    """Decode the beginning of a video.
+
+    Frame i of the result is the one that is on screen i / fps seconds after the start. Each is scaled until it covers
+    height x width and cropped around its centre, so nothing is stretched.
+
+    Args:
+        path: a file that FFmpeg reads.
+        num_frames: F, at least 1.
+        height, width: H and W.
+        fps: frames a second of the result; None takes consecutive frames as they are.
+
+    Returns:
+        uint8 (F, H, W, 3), RGB.
+
+    Raises:
+        UserError: the file is missing, empty, not readable as a video, or too short.
+    """
+    frames: list[np.ndarray] = []
+    previous = None
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"video: {str(path)!r} has no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
+            pixel_aspect = float(stream.sample_aspect_ratio or 1)
+            for frame in _sample(container.decode(stream), num_frames, fps, rate):
+                same = frame is previous
+                frames.append(frames[-1] if same else _frame_to_array(frame, height, width, pixel_aspect))
+                previous = frame
+    except (OSError, av.FFmpegError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"video: cannot read {str(path)!r} ({_reason(error)})") from None
+    if len(frames) < num_frames:
+        raise UserError(f"video: {_too_short(path, len(frames), num_frames, fps)}")
+    return np.stack(frames)
+
+
+def _sample(frames: Iterable[av.VideoFrame], count: int, fps: float | None, rate: float) -> Iterator[av.VideoFrame]:
+    """The frames on screen at 0, 1 / fps, …; fewer than `count` where the video ends before."""
+    if fps is None:
+        yield from islice(frames, count)
+        return
+    shown, yielded = None, 0
+    for time, frame in _timed(frames, rate):
+        while shown is not None and yielded < count and yielded / fps + CLOCK_TOLERANCE < time:
+            yield shown
+            yielded += 1
+        if yielded == count:
+            return
+        shown = frame
+
+
+def _timed(frames: Iterable[av.VideoFrame], rate: float) -> Iterator[tuple[float, av.VideoFrame | None]]:
+    """(seconds since the first frame, frame), then (when the last one leaves the screen, None)."""
+    start = time = 0.0
+    for number, frame in enumerate(frames):
+        # Streams without time stamps are taken to run at their nominal rate.
+        now = float(frame.time) if frame.time is not None else number / (rate or 1)
+        start = now if number == 0 else start
+        time = now - start
+        yield time, frame
+    yield time + (1 / rate if rate else 0), None
+
+
+def _frame_to_array(frame: av.VideoFrame, height: int, width: int, pixel_aspect: float) -> np.ndarray:
+    array = frame.to_ndarray(format="rgb24")
+    if frame.rotation:
+        array = np.rot90(array, frame.rotation // 90)
+        pixel_aspect = 1 / pixel_aspect if frame.rotation % 180 else pixel_aspect
+    return np.asarray(cover(Image.fromarray(array), height, width, pixel_aspect))
+
+
+def cover(image: Image.Image, height: int, width: int, pixel_aspect: float = 1.0) -> Image.Image:
+    """Scale until the image covers height x width and crop around the centre, in one resampling.
+
+    Args:
+        image: the picture.
+        height, width: in pixels.
+        pixel_aspect: width of one of the image's pixels over its height.
+    """
+    scale = max(height / image.height, width / (image.width * pixel_aspect))
+    across, down = width / (scale * pixel_aspect), height / scale
+    left, top = (image.width - across) / 2, (image.height - down) / 2
+    box = (max(left, 0), max(top, 0), min(left + across, image.width), min(top + down, image.height))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).split("\n")[0]
+
+
+def _too_short(path: str | Path, found: int, wanted: int, fps: float | None) -> str:
+    if not found:
+        return f"{str(path)!r} has no frames"
+    at = f" at {fps:g} frames a second" if fps else ""
+    return f"{str(path)!r} is too short: {found} frames{at}, {wanted} are needed; lower num_frames or raise fps"
+
+
+def write_video(path: str | Path, frames: Any, fps: float) -> None:
+    """Write an mp4 (H.264, 4:2:0, which stock players read) at high quality, atomically.
+
+    Args:
+        path: the file, replaced if it exists.
+        frames: (F, H, W, 3) RGB as an array, a tensor or a list of images: uint8, or floats in [0, 1]. An odd height
+            or width grows by one row or column that repeats the last, as 4:2:0 needs even sizes.
+        fps: frames a second, positive.
+
+    Raises:
+        UserError: frames of another shape or range, or a folder that cannot be written.
+    """
+    array = _to_uint8(frames)
+    array = np.pad(array, ((0, 0), (0, array.shape[1] % 2), (0, array.shape[2] % 2), (0, 0)), mode="edge")
+    try:
+        with atomic_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.height, stream.width = array.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": "12", "preset": "medium"}
+            for frame in array:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode())
+    except (OSError, av.FFmpegError) as error:
+        raise UserError(f"output: cannot write {str(path)!r} ({_reason(error)})") from None
+
+
+def _to_uint8(frames: Any) -> np.ndarray:
+    if isinstance(frames, (list, tuple)):
+        frames = np.stack([np.asarray(frame) for frame in frames]) if frames else np.zeros(0)
+    array = frames.detach().cpu().numpy() if hasattr(frames, "detach") else np.asarray(frames)
+    if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
+        raise UserError(f"frames must be (frames, height, width, 3), got {array.shape}")
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
+        raise UserError(f"frames must be uint8 or floats in [0, 1], got {array.dtype} up to {array.max()}")
+    return (array * 255).round().astype(np.uint8)
+
+
+def read_image(path: str | Path, field: str = "image") -> Image.Image:
+    """Read an image as RGB, upright, transparency laid on white.
+
+    Raises:
+        UserError: the file is missing, empty or no image.
+    """
+    image = _open(path, field)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def read_mask(path: str | Path, field: str = "mask") -> np.ndarray:
+    """Read a mask: bool (H, W), True where brighter than half of the brightest pixel (0/1 and 0/255 alike).
+
+    Raises:
+        UserError: the file is missing, empty or no image, or nothing in it is marked.
+    """
+    values = np.asarray(_open(path, field).convert("L"))
+    if not values.any():
+        raise UserError(f"{field}: {str(path)!r} marks nothing; every pixel is black")
+    return values > values.max() / 2
+
+
+def _open(path: str | Path, field: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            image.load()
+    except FileNotFoundError:
+        raise UserError(f"{field}: {str(path)!r} does not exist") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "no image that can be read" if isinstance(error, UnidentifiedImageError) else _reason(error)
+        raise UserError(f"{field}: cannot read {str(path)!r} ({reason})") from None
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to white
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    return image

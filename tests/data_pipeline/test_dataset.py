@@ -1,0 +1,154 @@
+"""Reading a cache and stacking its samples."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from refalign_adapter.batch import CachedSample
+from refalign_adapter.data.dataset import CachedDataset, collate, open_cache
+from refalign_adapter.data.options import DTYPES
+from refalign_adapter.errors import UserError
+
+
+def test_samples_have_the_documented_shapes_and_need_no_encoder(cached, tmp_path):
+    options, _ = cached
+    teacher = options.teachers[0]
+    base = tmp_path / "base"  # only its name counts: nothing of it is opened
+    base.mkdir()
+    dataset = open_cache(replace(options, base_model=str(base)))
+    assert dataset.shapes == [(16, 2, 4, 6)] * 4
+    assert dataset.meta.teachers == {teacher: 24}
+    assert dataset.meta.max_sequence_length == 24
+    assert dataset.meta.empty_text.shape == (24, 32)
+    assert dataset.meta.empty_text[1:].abs().sum() == 0
+    assert len(set(dataset.keys)) == len(dataset) == 4
+    for index, sample in enumerate(dataset[index] for index in range(4)):
+        count, variants = index % 3 + 1, index % 2 + 1
+        assert sample.key == dataset.keys[index]
+        assert sample.latents.shape == (16, 2, 4, 6)
+        assert sample.text.shape == (24, 32)
+        assert sample.references.shape == (variants, count, 16, 4, 6)
+        assert sample.teacher[teacher].shape == (variants, count, 2, 3, 24)
+        assert sample.subjects.tolist() == [0, 1, 1][:count]
+        assert {sample.latents.dtype, sample.text.dtype, sample.references.dtype} == {torch.bfloat16}
+
+
+def test_rows_choose_and_order(cached):
+    options, _ = cached
+    keys = CachedDataset(options.cache_dir).keys
+    chosen = CachedDataset(options.cache_dir, [keys[2], keys[0]], teachers=())
+    assert [chosen[0].key, chosen[1].key] == [keys[2], keys[0]]
+    assert chosen[0].teacher == chosen.meta.teachers == {}
+    with pytest.raises(UserError, match="rows: 'nothing' is no train row"):
+        CachedDataset(options.cache_dir, ["nothing"])
+
+
+def test_a_validation_manifest_gets_an_index_of_its_own(cached, encoders, build_options, tmp_path):
+    options, _ = cached
+    data = Path(options.train_data).parent
+    lines = Path(options.train_data).read_text().splitlines(keepends=True)
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/metadata.jsonl").write_text("".join(lines[2:]))
+    changes = {"cache_dir": str(tmp_path / "cache"), "validation_data": str(tmp_path / "data")}
+    report = build_options(options, encoders, **changes)
+    assert report.rows == {"train": 4, "validation": 2}
+    assert dict(report.made) == {"video": 4, "references": 4, "text": 5, "teacher": 4}
+    options = replace(options, **changes)
+    assert open_cache(options, split="validation").keys == open_cache(options).keys[2:]
+    with pytest.raises(UserError, match="has no validation rows; run `refalign cache --config"):
+        open_cache(cached[0], split="validation")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"height": 64, "fps": 16}, "was made with height 32 instead of 64, fps 8.0 instead of 16.0"),
+        ({"base_model": "other/model"}, "was made with base_model base instead of other/model"),
+        ({"teachers": ("other/teacher",)}, "has no features of 'other/teacher'"),
+        ({"cache_dir": "/nowhere"}, "there is no finished cache in '/nowhere'"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_one_line_that_says_what_to_run(cached, changes, problem):
+    with pytest.raises(UserError, match=problem) as caught:
+        open_cache(replace(cached[0], **changes))
+    assert "refalign cache --config" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_changed_since_is_told(cached, tmp_path):
+    options, _ = cached
+    (tmp_path / "metadata.jsonl").write_text(Path(options.train_data).read_text() + "\n")
+    with pytest.raises(UserError, match="has changed since the cache was made from it; run `refalign cache"):
+        open_cache(replace(options, train_data=str(tmp_path)))
+    assert len(open_cache(replace(options, train_data=None))) == 4
+
+
+def test_a_damaged_cache_is_one_line(cached, tmp_path):
+    options, _ = cached
+    copy = shutil.copytree(options.cache_dir, tmp_path / "cache")
+    dataset = CachedDataset(copy)
+    dataset.store.path("video", dataset.entries[0].parts.video).write_bytes(b"1234")
+    with pytest.raises(UserError, match="is missing or damaged; run `refalign cache"):
+        dataset[0]
+    index = copy / "index-train.jsonl"
+    index.write_text(index.read_text()[:-30])
+    with pytest.raises(UserError, match="is damaged .*run `refalign cache"):
+        CachedDataset(copy)
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps({**meta, "format": 0}))
+    with pytest.raises(UserError, match="another version of this package"):
+        CachedDataset(copy)
+    (copy / "meta.json").write_text("[]")
+    with pytest.raises(UserError, match="is damaged"):
+        CachedDataset(copy)
+
+
+def sample(key, count, variants, subjects=None):
+    draw = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(count))  # noqa: E731
+    return CachedSample(
+        key=key,
+        latents=draw(2, 3, 4, 5),
+        text=draw(6, 7),
+        references=draw(variants, count, 2, 4, 5),
+        teacher={"one": draw(variants, count, 2, 3, 8), "two": draw(variants, count, 1, 1, 4)},
+        subjects=torch.tensor(subjects or range(count)),
+    )
+
+
+def test_collate_pads_references_at_the_end_and_picks_variants():
+    samples = [sample("a", 1, 3), sample("b", 3, 1, [0, 1, 0])]
+    batch = collate(samples, variants=[5, 4])
+    assert batch.keys == ["a", "b"]
+    assert batch.mask.tolist() == [[True, False, False], [True, True, True]]
+    assert batch.subjects.tolist() == [[0, -1, -1], [0, 1, 0]]
+    assert batch.subjects.dtype == torch.int64
+    assert torch.equal(batch.latents, torch.stack([item.latents for item in samples]))
+    assert torch.equal(batch.text, torch.stack([item.text for item in samples]))
+    assert batch.references.shape == (2, 2, 3, 4, 5)
+    assert torch.equal(batch.references[0, :, 0], samples[0].references[5 % 3, 0])
+    assert batch.references[0, :, 1:].abs().sum() == 0
+    assert torch.equal(batch.references[1].transpose(0, 1), samples[1].references[0])
+    for name, shape in {"one": (2, 3, 2, 3, 8), "two": (2, 3, 1, 1, 4)}.items():
+        assert batch.teacher[name].shape == shape
+        assert torch.equal(batch.teacher[name][0, 0], samples[0].teacher[name][2, 0])
+        assert batch.teacher[name][0, 1:].abs().sum() == 0
+        assert torch.equal(batch.teacher[name][1], samples[1].teacher[name][0])
+    assert torch.equal(collate(samples).references[0, :, 0], samples[0].references[0, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_storage_precision_bounds_the_error(cached, encoders, build_options, tmp_path, dtype):
+    options, _ = cached
+    exact, stored = (tmp_path / name for name in ("exact", "stored"))
+    build_options(options, encoders, cache_dir=str(exact), dtype="fp32")
+    build_options(options, encoders, cache_dir=str(stored), dtype=dtype)
+    epsilon = torch.finfo(DTYPES[dtype]).eps
+    for index in range(4):
+        one, other = CachedDataset(exact)[index], CachedDataset(stored)[index]
+        for name in ("latents", "text", "references"):
+            difference = (getattr(one, name) - getattr(other, name).float()).abs()
+            assert (difference <= epsilon * getattr(one, name).abs() + 1e-6).all()
