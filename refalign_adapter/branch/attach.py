@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import RefAlignConfig
 from ..errors import UserError
 from ..export.adapter import save_adapter
+from ..export.hub import push_adapter
 from ..families.base import Family, load_family
 from .joint import JointAttention
 from .lora import add_lora, lora_parameters, remove_lora, restore_trainable
@@ -104,8 +105,6 @@ class ReferenceBranch:
         Raises:
             UserError: the Hub refused, with its reason.
         """
-        from ..export.hub import push_adapter
-
         return push_adapter(self.save_pretrained, repo_id, private=private, token=token)
 
     def detach(self) -> None:

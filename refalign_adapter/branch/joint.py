@@ -11,6 +11,7 @@ reference.
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class JointAttention:
             self.handles.append(cross.register_forward_pre_hook(self._keep_video))
             self.handles.append(cross.register_forward_hook(self._pad_references))
         if capture:
-            self.handles.append(block.register_forward_hook(lambda _, __, output: self._capture(index, output)))
+            self.handles.append(block.register_forward_hook(partial(self._capture, index)))
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -116,7 +117,7 @@ class JointAttention:
             return None
         return F.pad(output, (0, 0, 0, current.tokens))
 
-    def _capture(self, index: int, output: Tensor) -> None:
+    def _capture(self, index: int, block: nn.Module, args: tuple, output: Any) -> None:
         current = self.state.current
         if current is None or current.references is None or not current.capture:
             return

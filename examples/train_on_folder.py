@@ -1,0 +1,74 @@
+"""Train an adapter on a folder of your own clips.
+
+The folder holds, for every clip NAME.mp4, its caption in NAME.txt and one image per subject in NAME_0.png, NAME_1.png
+… (a subject seen in several clips: give its images the same name after a dash, NAME_0-rex.png). Then:
+
+python examples/train_on_folder.py --clips my_clips --base Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output my_adapter \
+    --recipe wan2.1-t2v-1.3b/stage1 -- max_train_steps=2000 train_batch_size=1
+
+It writes `metadata.jsonl` into the folder, encodes everything once, and trains. What follows `--` changes the recipe.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from refalign_adapter.files import atomic_file
+from refalign_adapter.recipes import copy_recipe
+
+
+def write_manifest(folder: Path) -> Path:
+    """Write `metadata.jsonl` from the files' names and return its path; ends with a list of what is missing."""
+    rows, problems = [], []
+    for clip in sorted(folder.glob("*.mp4")):
+        caption = clip.with_suffix(".txt")
+        images = sorted(folder.glob(f"{clip.stem}_*.png"))
+        if not caption.is_file() or not images:
+            problems.append(f"{clip.name} needs {caption.name} and at least one {clip.stem}_0.png")
+            continue
+        references = []
+        for image in images:
+            name = image.stem.removeprefix(f"{clip.stem}_")
+            subject = name.partition("-")[2] or image.stem
+            references.append({"image": image.name, "subject": subject})
+        text = caption.read_text(encoding="utf-8").strip()
+        rows.append({"file_name": clip.name, "caption": text, "references": references, "pair": "cross"})
+    if problems or not rows:
+        sys.exit("\n".join(problems) or f"no .mp4 in {folder}")
+    manifest = folder / "metadata.jsonl"
+    with atomic_file(manifest) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return manifest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=Path, required=True)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--recipe", default="wan2.1-t2v-1.3b/stage1", help="see `refalign recipes list`")
+    parser.add_argument("changes", nargs="*", help="recipe fields to change, key=value")
+    options = parser.parse_args()
+
+    manifest = write_manifest(options.clips)
+    options.output.mkdir(parents=True, exist_ok=True)
+    recipe = copy_recipe(options.recipe, options.output / "recipe.yaml")
+    changes = [
+        f"pretrained_model_name_or_path={options.base}",
+        f"output_dir={options.output}",
+        f"data.train_data={manifest}",
+        f"data.cache_dir={options.output / 'cache'}",
+        *options.changes,
+    ]
+    cache = [sys.executable, "-m", "refalign_adapter.cache"]
+    train = [sys.executable, "-m", "accelerate.commands.launch", "-m", "refalign_adapter.train"]
+    for command in (cache, train):
+        code = subprocess.run([*command, "--config", str(recipe), *changes]).returncode
+        if code:
+            sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

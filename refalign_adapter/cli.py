@@ -1,0 +1,174 @@
+"""The `refalign` command. Thin: each command reads its options and calls one function of the package."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UserError
+
+app = typer.Typer(
+    name="refalign",
+    help="Reference images for frozen video diffusion transformers, by a small adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(help="Training recipes that come with the package.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Recipe fields to change: key=value, dotted for sections.")
+]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake is printed as plain lines and exits with 2."""
+    _quiet_libraries()
+    try:
+        app(args=arguments)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _quiet_libraries() -> None:
+    """Leave out libraries' notes about optional parts that a user of this command can do nothing about."""
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(importlib.metadata.version("refalign-adapter"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Reference images for frozen video diffusion transformers, by a small adapter."""
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what this machine can run."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .doctor import examine
+
+    findings = examine()
+    table = Table("", "topic", "found", "advice", box=None)
+    marks = {True: "[green]ok[/]", False: "[red]missing[/]", None: "[yellow]note[/]"}
+    for finding in findings:
+        table.add_row(marks[finding.ok], *map(escape, (finding.topic, finding.value, finding.advice)))
+    Console().print(table)
+    if any(finding.ok is False for finding in findings):
+        raise typer.Exit(1)
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """Name the recipes."""
+    from .recipes import list_recipes
+
+    for name in list_recipes():
+        print(name)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(help="A name that `refalign recipes list` prints.")],
+    output: Annotated[Path, typer.Option(help="File or folder to copy to.")] = Path("."),
+) -> None:
+    """Copy a recipe, so that you can change it."""
+    from .recipes import copy_recipe
+
+    print(copy_recipe(name, output))
+
+
+@app.command()
+def cache(
+    config: Annotated[Path, typer.Option(help="The recipe (YAML).")],
+    overrides: Overrides = None,
+) -> None:
+    """Encode clips, references and captions once, so that training needs the transformer alone."""
+    from .cache import run
+
+    run(config, overrides or [])
+
+
+@app.command()
+def generate(
+    base: Annotated[str, typer.Option(help="Diffusers folder or Hub id of the text-to-video model.")],
+    adapter: Annotated[str, typer.Option(help="Adapter folder or Hub id.")],
+    output: Annotated[Path, typer.Option(help="An .mp4 file; with --prompts a folder.")],
+    prompt: Annotated[str | None, typer.Option(help="What happens in the video.")] = None,
+    reference: Annotated[list[str] | None, typer.Option(help="A reference image; repeat for more.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Many videos: JSONL of key, prompt, references; or OpenS2V-Eval's JSON.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="In place of the empty text.")] = None,
+    height: Annotated[int, typer.Option(help="Pixels.")] = 480,
+    width: Annotated[int, typer.Option(help="Pixels.")] = 832,
+    num_frames: Annotated[int, typer.Option(help="Frames, 4 k + 1 for Wan.")] = 81,
+    fps: Annotated[float, typer.Option(help="Frames per second of the file.")] = 16,
+    num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="How strongly the prompt pulls; 1 turns it off.")] = 7.5,
+    image_guidance_scale: Annotated[
+        float, typer.Option(help="How strongly the references pull; 1 turns it off.")
+    ] = 5.0,
+    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; the GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU.")] = None,
+    offload: Annotated[str, typer.Option(help="none, model or sequential: less GPU memory, slower.")] = "none",
+    revision: Annotated[str | None, typer.Option(help="The base's revision on the Hub.")] = None,
+    adapter_revision: Annotated[str | None, typer.Option(help="The adapter's revision on the Hub.")] = None,
+) -> None:
+    """Generate one video from --prompt and --reference, or one for every row of --prompts.
+
+    With --prompts, videos that exist are kept, and `accelerate launch -m refalign_adapter.cli generate …` shares the
+    rows out among its processes.
+    """
+    values = dict(locals())
+    one = (prompt, reference)
+    if (prompt is None) == (prompts is None):
+        raise UserError("generate: give either --prompt with --reference, or --prompts FILE")
+    if prompts is not None and any(one):
+        raise UserError("generate: --reference goes with --prompt; a prompt file names its own references")
+    from .pipelines.generate import GenerateOptions, generate_many, generate_one
+
+    options = GenerateOptions(
+        **{name: values[name] for name in GenerateOptions.__dataclass_fields__ if name in values}
+    )
+    if prompts is not None:
+        generate_many(options, prompts, output, report=print)
+    else:
+        print(generate_one(options, prompt or "", reference or [], output))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo_output"),
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Draw a small world, train an adapter in it, generate with it, and write a report."""
+    from .world.demo import DemoOptions, run_demo
+
+    run_demo(DemoOptions(output=output, seed=seed))
+
+
+if __name__ == "__main__":
+    main()
