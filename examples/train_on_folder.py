@@ -54,7 +54,9 @@ def main() -> None:
 
     manifest = write_manifest(options.clips)
     options.output.mkdir(parents=True, exist_ok=True)
-    recipe = copy_recipe(options.recipe, options.output / "recipe.yaml")
+    recipe = options.output / "my_recipe.yaml"
+    if not recipe.exists():  # a second run goes on with the first one's, which you may have edited
+        copy_recipe(options.recipe, recipe)
     changes = [
         f"pretrained_model_name_or_path={options.base}",
         f"output_dir={options.output}",

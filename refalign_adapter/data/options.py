@@ -135,6 +135,7 @@ def options_of(recipe: Any) -> CacheOptions:
     return CacheOptions(
         base_model=recipe.pretrained_model_name_or_path,
         revision=recipe.revision,
+        family=recipe.family,
         variant=recipe.variant,
         max_sequence_length=recipe.adapter.max_sequence_length,
         teachers=tuple(recipe.adapter.teachers) if aligned else (),

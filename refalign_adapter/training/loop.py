@@ -1,0 +1,280 @@
+"""The training loop: accumulate, clip, step; log, validate, sample and write checkpoints when their step comes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from accelerate.utils import set_seed
+
+from ..batch import Batch
+from ..errors import UserError
+from ..files import atomic_folder, require_writable_folder
+from .checkpoint import (
+    ADAPTER,
+    TRAINING,
+    averaged_weights,
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    save_sidecar,
+)
+from .config import Recipe
+from .interrupt import Interrupted, SignalWatch
+from .optimizers import build_scheduler
+from .recipe_file import changes, flat_values, save_recipe
+from .samples import Sampler
+from .setup import Run, build_accelerator, build_run, step_seed
+from .tracking import LossMeter, ProgressBar, RunLog, say
+from .validation import validate
+
+ORDER_FIELDS = {
+    "num_processes",
+    "seed",
+    "train_batch_size",
+    "data.train_data",
+    "data.cache_dir",
+    "data.validation_rows",
+}
+"""What decides in which order samples come."""
+
+
+@dataclass
+class _Watchers:
+    """What looks on while a run trains."""
+
+    log: RunLog
+    bar: ProgressBar
+    sampler: Sampler | None
+
+
+def train(recipe: Recipe) -> Path:
+    """Train an adapter as the recipe says.
+
+    Args:
+        recipe: see `Recipe`.
+
+    Returns:
+        The adapter's folder, `output_dir/adapter`.
+
+    Raises:
+        UserError: something the recipe names is missing or does not fit, or the loss is no number any more.
+        Interrupted: by Ctrl-C or SIGTERM; what was done is in a checkpoint.
+    """
+    output_dir = require_writable_folder(recipe.output_dir, "output_dir")
+    accelerator = build_accelerator(recipe, output_dir)
+    checkpoint = starting_point(recipe, output_dir)
+    set_seed(recipe.seed)
+    run = build_run(recipe, accelerator, output_dir)
+    if checkpoint is not None:
+        resume(run, checkpoint)
+    elif recipe.resume_from_checkpoint:
+        say(accelerator, f"resume_from_checkpoint: there is none in {str(output_dir)!r} yet, beginning anew")
+    sampler = Sampler(run) if recipe.sample_steps else None
+    if accelerator.is_main_process:
+        save_recipe(recipe, output_dir / "recipe.yaml")
+    accelerator.init_trackers("refalign", flat_values(recipe))
+    watchers = _Watchers(
+        RunLog(accelerator, output_dir, run.progress.step),
+        ProgressBar(accelerator, recipe.max_train_steps, run.progress.step),
+        sampler,
+    )
+    try:
+        _train_all(run, watchers)
+        return finish(run)
+    finally:
+        watchers.bar.close()
+        watchers.log.close()
+        accelerator.end_training()
+
+
+def starting_point(recipe: Recipe, output_dir: Path) -> Path | None:
+    """The checkpoint to take up, or None.
+
+    Raises:
+        UserError: no such checkpoint, or checkpoints of another run in the way, which would be taken for this one's.
+    """
+    folder = find_checkpoint(output_dir, recipe.resume_from_checkpoint)
+    step = checkpoint_step(folder) if folder is not None else 0
+    later = [path.name for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
+    if later:
+        raise UserError(
+            f"output_dir: {str(output_dir)!r} holds {later[-1]} of an earlier run; set resume_from_checkpoint=latest "
+            "to go on with it, choose another folder, or delete it"
+        )
+    return folder
+
+
+def resume(run: Run, folder: Path) -> None:
+    """Take up a checkpoint, and tell what has changed since.
+
+    Raises:
+        UserError: a damaged checkpoint or one that does not fit.
+    """
+    run.progress, before = load_checkpoint(folder, run.trained)
+    run.scheduler = build_scheduler(run.recipe, run.trained.optimizer, run.progress.step)
+    say(run.accelerator, f"resumed from {folder} at step {run.progress.step}")
+    if changed := changes(before, run.facts()):
+        listed = ", ".join(f"{name} {old!r} → {new!r}" for name, old, new in changed)
+        say(run.accelerator, f"changed since then: {listed}")
+    if any(name.startswith("alignment.") for name, _, _ in changed):
+        run.trained.schedule = run.recipe.alignment_schedule()
+    if any(name in ORDER_FIELDS for name, _, _ in changed):
+        run.progress.position = 0
+        say(run.accelerator, "so the order of the samples is another one: the pass over the data starts again")
+
+
+def _train_all(run: Run, watchers: _Watchers) -> None:
+    meter = LossMeter(run.trained.branch.align_blocks)
+    batches = endless_batches(run)
+    if run.progress.step == 0:
+        _look(run, watchers, first=True)
+    with SignalWatch() as signals:
+        while run.progress.step < run.recipe.max_train_steps:
+            before = copy.copy(run.progress)
+            values = optimizer_step(run, batches, meter, signals)
+            if values is None:
+                run.progress = before  # batches whose gradients were not used count as not seen
+                _stop(run, signals)
+            watchers.log.write(run.progress.step, values)
+            watchers.bar.update(run.progress.step, {name: values[name] for name in ("train/loss", "train/flow")})
+            if _is_due(run, run.recipe.checkpointing_steps):
+                _save(run)
+            if signals.anywhere(run.accelerator):
+                _stop(run, signals)
+            _look(run, watchers)
+
+
+def optimizer_step(
+    run: Run, batches: Iterator[Batch], meter: LossMeter, signals: SignalWatch
+) -> dict[str, float] | None:
+    """One optimizer step; returns what to log, or None when a signal came before it was done."""
+    accelerator, recipe, trained = run.accelerator, run.recipe, run.trained
+    weight = trained.schedule.weight_at(run.progress.step)
+    norm = torch.zeros(())
+    for _ in range(recipe.gradient_accumulation_steps):
+        seed = step_seed(recipe.seed, run.progress.micro_step, accelerator.process_index)
+        batch = next(batches)
+        set_seed(seed)  # what draws from the global generators, such as LoRA dropout
+        with accelerator.accumulate(run.model):
+            generator = torch.Generator().manual_seed(seed)
+            batch = batch.to(accelerator.device)
+            output = run.model(batch, run.data.empty_text, generator=generator, alignment_weight=weight)
+            accelerator.backward(output.loss)
+            if accelerator.sync_gradients:
+                norm = _clip(run)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        meter.add(output, len(batch.keys), weight > 0)
+        run.progress.micro_step += 1
+        if not accelerator.sync_gradients and signals.anywhere(accelerator):
+            return None
+    run.progress.step += 1
+    values = {f"train/{name}": value for name, value in meter.reduce(accelerator).items()}
+    values |= {"train/grad_norm": float(norm), "train/alignment_weight": weight, **_rates(run)}
+    if not math.isfinite(values["train/loss"]) or not math.isfinite(values["train/grad_norm"]):
+        raise UserError(
+            f"training: the loss at step {run.progress.step} is {values['train/loss']} and its gradient's norm "
+            f"{values['train/grad_norm']}; lower learning_rate and resume from the last checkpoint"
+        )
+    run.scheduler.step()
+    if trained.ema is not None:
+        trained.ema.step([parameter for _, parameter in trained.branch.named_parameters()])
+    return values
+
+
+def _clip(run: Run) -> torch.Tensor:
+    """Clip the gradients where the recipe says so; returns their norm before."""
+    parameters = [parameter for _, parameter in run.trained.named_parameters()]
+    limit = run.recipe.max_grad_norm
+    if limit is None:
+        return torch.nn.utils.get_total_norm([item.grad for item in parameters if item.grad is not None])
+    return torch.as_tensor(run.accelerator.clip_grad_norm_(parameters, limit))
+
+
+def _rates(run: Run) -> dict[str, float]:
+    names = ("train/learning_rate", "train/projector_learning_rate")
+    return {name: float(rate) for name, rate in zip(names, run.scheduler.get_last_lr(), strict=False)}
+
+
+def endless_batches(run: Run) -> Iterator[Batch]:
+    """One pass over the data after the other; `run.progress` says where to begin and is kept up to date."""
+    for batch in run.data.training_batches(run.progress.epoch, run.progress.position):
+        run.progress.position += 1
+        if run.progress.position == len(run.data.sampler):
+            run.progress.epoch, run.progress.position = run.progress.epoch + 1, 0
+        yield batch
+
+
+def _is_due(run: Run, every: int | None) -> bool:
+    step = run.progress.step
+    return every is not None and (step % every == 0 or step == run.recipe.max_train_steps)
+
+
+def _look(run: Run, watchers: _Watchers, first: bool = False) -> None:
+    """Validate and make sample videos where their step has come; before the first step, validate only."""
+    recipe, step = run.recipe, run.progress.step
+    if recipe.validation_steps and (first or _is_due(run, recipe.validation_steps)):
+        with averaged_weights(run.trained):
+            values = validate(
+                run.module,
+                run.data.validation_batch,
+                [len(group) for group in run.data.groups],
+                run.data.empty_text,
+                run.accelerator,
+                seed=recipe.seed,
+                alignment_weight=recipe.alignment.weight,
+            )
+        watchers.log.write(step, {f"validation/{name}": value for name, value in values.items()})
+        say(run.accelerator, f"step {step}: validation flow loss {values['flow']:.5f}")
+    if watchers.sampler is not None and not first and _is_due(run, recipe.sample_steps):
+        with averaged_weights(run.trained):
+            watchers.sampler.write(run.output_dir / "samples" / f"step-{step}")
+        run.accelerator.wait_for_everyone()
+
+
+def _save(run: Run) -> None:
+    if run.accelerator.is_main_process:
+        limit = run.recipe.checkpoints_total_limit
+        save_checkpoint(run.output_dir, run.trained, run.progress, run.facts(), limit)
+    run.accelerator.wait_for_everyone()
+
+
+def _stop(run: Run, signals: SignalWatch) -> NoReturn:
+    """Write a checkpoint unless there is one of this step, then raise `Interrupted`."""
+    number = signals.anywhere(run.accelerator)
+    step = run.progress.step
+    if step == 0:
+        raise Interrupted(number, "stopped before the first step was done; there is nothing to resume")
+    if not (run.output_dir / f"checkpoint-{step}").is_dir():
+        _save(run)
+    how = "to go on, run the same command with resume_from_checkpoint=latest"
+    raise Interrupted(number, f"stopped at step {step}, checkpoint written; {how}")
+
+
+def finish(run: Run) -> Path:
+    """Write the adapter's folder and the sidecar beside it, upload the adapter where the recipe asks for it.
+
+    Raises:
+        UserError: the Hub refused.
+    """
+    folder, recipe, branch = run.output_dir / ADAPTER, run.recipe, run.trained.branch
+    if run.accelerator.is_main_process:
+        with averaged_weights(run.trained):
+            branch.save_pretrained(folder)
+            with atomic_folder(run.output_dir / TRAINING) as temporary:
+                save_sidecar(temporary, run.trained)
+            say(run.accelerator, f"adapter written to {folder}; projectors stay in {run.output_dir / TRAINING}")
+            if recipe.push_to_hub:
+                assert recipe.hub_model_id is not None
+                branch.push_to_hub(recipe.hub_model_id, private=recipe.hub_private)
+                say(run.accelerator, f"uploaded to {recipe.hub_model_id}")
+    run.accelerator.wait_for_everyone()
+    return folder

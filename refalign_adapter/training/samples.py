@@ -1,0 +1,141 @@
+"""Videos made while training: the reference pipeline around the transformer that is being trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data.encoders import Encoders
+from ..data.options import options_of
+from ..data.video import read_image, write_video
+from ..errors import UserError
+from ..families.base import Family
+from ..pipelines.base import ReferencePipeline
+from .config import Recipe, SamplePrompt
+
+if TYPE_CHECKING:
+    from .setup import Run
+
+
+class Sampler:
+    """Makes the recipe's sample videos. Prompts are encoded once; the text encoder is then let go of.
+
+    Args:
+        run: prompts are shared out among its processes; one without any loads nothing.
+
+    Raises:
+        UserError: sizes that the base cannot cut into tokens, or an image that cannot be read.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        accelerator, recipe = run.accelerator, run.recipe
+        numbered = list(enumerate(recipe.sample_prompts))
+        self.mine = numbered[accelerator.process_index :: accelerator.num_processes]
+        if not self.mine:
+            return
+        self.arguments = sample_arguments(recipe)
+        for _, sample in self.mine:
+            for path in sample.references:
+                read_image(path, "sample_prompts")
+        branch = run.trained.branch
+        pipe = _load_encoders(recipe, branch.family, accelerator.mixed_precision == "bf16")
+        patch_size = branch.family.patch_size(branch.transformer)
+        sizes = {name: self.arguments[name] for name in ("height", "width", "num_frames")}
+        Encoders(branch.family, pipe, patch_size).check_sizes(dataclasses.replace(options_of(recipe), **sizes))
+        samples = [sample for _, sample in self.mine]
+        self.texts = _encode_prompts(pipe, branch.family, recipe, samples, accelerator.device)
+        self.pipe = pipeline_around(pipe, branch, text_encoder=None, tokenizer=None)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def write(self, folder: Path) -> None:
+        """Write `NN-prompt.mp4` for every prompt of this process into `folder`."""
+        if not self.mine:
+            return
+        module, device = self.run.module, self.run.accelerator.device
+        training = module.training
+        module.eval()
+        module.branch.capture = False
+        self.pipe.vae.to(device)
+        try:
+            for (number, sample), texts in zip(self.mine, self.texts, strict=True):
+                path = folder / f"{number:02d}-{_slug(sample.prompt)}.mp4"
+                write_video(path, self._generate(sample, texts), self.run.recipe.data.fps or 16)
+        finally:
+            self.pipe.vae.to("cpu")
+            module.train(training)
+
+    def _generate(self, sample: SamplePrompt, texts: dict[str, torch.Tensor]) -> Any:
+        """(frames, height, width, 3) in [0, 1]."""
+        generator = torch.Generator().manual_seed(self.run.recipe.sample.seed)
+        images = sample.references or None
+        return self.pipe(reference_images=images, generator=generator, **texts, **self.arguments).frames[0]
+
+
+def sample_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The pipeline's arguments for a recipe's videos; sizes not given are the training clips'."""
+    sample, data = recipe.sample, recipe.data
+    return {
+        "height": sample.height or data.height,
+        "width": sample.width or data.width,
+        "num_frames": sample.num_frames or data.num_frames,
+        "num_inference_steps": sample.num_inference_steps,
+        "guidance_scale": sample.guidance_scale,
+        "image_guidance_scale": sample.image_guidance_scale,
+    }
+
+
+def pipeline_around(pipe: Any, branch: Any, **replaced: Any) -> Any:
+    """The family's reference pipeline around a branch that is attached already.
+
+    Args:
+        pipe: gives all components but the transformer.
+        branch: gives the transformer.
+        replaced: components to take instead of those of `pipe`.
+
+    Raises:
+        UserError: the family has no reference pipeline.
+    """
+    package, key = ReferencePipeline.__module__.rpartition(".")[0], branch.family.key
+    if find_spec(f"{package}.{key}") is None:
+        raise UserError(f"sample_steps: there is no reference pipeline for {key!r}; leave it out of the recipe")
+    pipeline_class = import_module(f"{package}.{key}").PIPELINE
+    components = {**pipe.components, "transformer": branch.transformer, **replaced}
+    names = inspect.signature(pipeline_class.__init__).parameters
+    settings = {name: pipe.config[name] for name in names if name in pipe.config and name not in components}
+    made = pipeline_class(**components, **settings)
+    made.branch = branch
+    return made
+
+
+def _load_encoders(recipe: Recipe, family: Family, bf16: bool) -> Any:
+    text_dtype = torch.bfloat16 if bf16 else torch.float32
+    return family.load_encoders(
+        recipe.pretrained_model_name_or_path,
+        revision=recipe.revision,
+        variant=recipe.variant,
+        torch_dtype={"vae": torch.float32, "default": text_dtype},
+    )
+
+
+def _encode_prompts(
+    pipe: Any, family: Family, recipe: Recipe, samples: list[SamplePrompt], device: torch.device
+) -> list[dict[str, torch.Tensor]]:
+    """The pipeline's text arguments of each sample; each (1, S, D), on the CPU."""
+    pipe.to(device)
+    texts = [*(sample.prompt for sample in samples), recipe.sample.negative_prompt]
+    *embeds, negative = family.encode_text(pipe, texts, recipe.adapter.max_sequence_length).cpu().split(1)
+    pipe.to("cpu")
+    return [{"prompt_embeds": item, "negative_prompt_embeds": negative} for item in embeds]
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "video"

@@ -1,0 +1,176 @@
+"""From a recipe to everything a run consists of: accelerator, model, data, optimizer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import ProjectConfiguration
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..alignment.projector import Projectors
+from ..branch.attach import ReferenceBranch, attach
+from ..errors import UserError
+from ..families.base import Family
+from .base_model import load_transformer, read_base
+from .checkpoint import Progress, Trained, load_initial_weights
+from .config import Recipe
+from .datasource import TrainingData, open_data
+from .optimizers import build_optimizer, build_scheduler
+from .step import StepOptions, TrainingStep
+from .tracking import say
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for each other: one may make sample videos while the others have none to make."""
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+
+
+@dataclass
+class Run:
+    """One training run on one process.
+
+    Attributes:
+        recipe: what it was told.
+        accelerator: devices, processes, precision, trackers.
+        output_dir: its folder.
+        module: the training step itself.
+        model: the training step as accelerate wrapped it.
+        trained: what training changes.
+        optimizer: as accelerate wrapped it.
+        scheduler: of the learning rates.
+        data: training and validation batches.
+        progress: how far it is.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    output_dir: Path
+    module: TrainingStep
+    model: nn.Module
+    trained: Trained
+    optimizer: Any
+    scheduler: LambdaLR
+    data: TrainingData
+    progress: Progress = field(default_factory=Progress)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run itself, as JSON."""
+        values = self.recipe.model_dump(exclude={"output_dir", "resume_from_checkpoint"})
+        return {**values, "num_processes": self.accelerator.num_processes}
+
+
+def step_seed(seed: int, micro_step: int, process: int) -> int:
+    """The seed of one batch on one process, so that a run that is taken up again draws what it would have drawn."""
+    return int(np.random.SeedSequence([seed, micro_step, process]).generate_state(1, np.uint32)[0])
+
+
+def build_accelerator(recipe: Recipe, output_dir: Path) -> Accelerator:
+    """The accelerator that recipe and launcher agree on.
+
+    Raises:
+        UserError: precision or distribution that this training does not do.
+    """
+    project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / recipe.logging_dir))
+    accelerator = Accelerator(
+        mixed_precision=_precision(recipe),
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        log_with=recipe.trackers or None,  # type: ignore[arg-type]
+        project_config=project,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if accelerator.distributed_type in SHARDED:
+        raise UserError(
+            f"accelerate: {accelerator.distributed_type.value} is not supported: a frozen base with a small adapter "
+            "needs no sharding; launch with --multi_gpu or on one GPU"
+        )
+    torch.backends.cuda.matmul.allow_tf32 = recipe.allow_tf32
+    return accelerator
+
+
+def _precision(recipe: Recipe) -> str:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    wanted = recipe.mixed_precision or launched
+    if launched not in ("no", wanted):  # "no" is also what the launcher says when it was told nothing
+        raise UserError(
+            f"mixed_precision: the recipe says {wanted!r} and accelerate launch {launched!r}; "
+            "make them agree, or leave it out of the recipe"
+        )
+    if wanted not in ("no", "bf16"):
+        raise UserError(f"mixed_precision must be no or bf16, accelerate launch says {wanted!r}; relaunch with bf16")
+    return wanted
+
+
+def build_run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> Run:
+    """Load the base, attach the adapter, open the data, and have accelerate wrap what is trained.
+
+    Raises:
+        UserError: a base, cache or adapter that does not exist or does not fit.
+    """
+    family, shift = read_base(recipe)
+    data = open_data(recipe, accelerator)
+    branch = _build_branch(recipe, family, accelerator)
+    projectors = _build_projectors(recipe, branch, data)
+    if recipe.init_adapter:
+        found = load_initial_weights(recipe.init_adapter, branch, projectors)
+        if projectors is not None and not found:
+            say(accelerator, f"init_adapter: no projectors lie beside {recipe.init_adapter!r}, new ones are trained")
+    lora = [parameter for _, parameter in branch.named_parameters()]
+    optimizer = build_optimizer(recipe, lora, projectors.parameters() if projectors is not None else ())
+    module = TrainingStep(branch, projectors, step_options(recipe, shift))
+    module.train()
+    model, wrapped = accelerator.prepare(module, optimizer)
+    trained = Trained(branch, projectors, optimizer, recipe.alignment_schedule(), _build_average(recipe, lora))
+    scheduler = build_scheduler(recipe, optimizer)
+    return Run(recipe, accelerator, output_dir, module, model, trained, wrapped, scheduler, data)
+
+
+def step_options(recipe: Recipe, shift: float) -> StepOptions:
+    """The training step's options that a recipe asks for."""
+    return StepOptions(
+        timestep_sampling=recipe.flow.timestep_sampling,
+        logit_mean=recipe.flow.logit_mean,
+        logit_std=recipe.flow.logit_std,
+        shift=shift,
+        text_dropout=recipe.dropout.text,
+        reference_dropout=recipe.dropout.references,
+        both_dropout=recipe.dropout.both,
+        positive_margin=recipe.alignment.positive_margin,
+        negative_margin=recipe.alignment.negative_margin,
+        negative_weight=recipe.alignment.negative_weight,
+        timestep_gate=recipe.alignment.timestep_gate,
+    )
+
+
+def _build_branch(recipe: Recipe, family: Family, accelerator: Accelerator) -> ReferenceBranch:
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    transformer = load_transformer(recipe, family, dtype)
+    if recipe.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return attach(transformer, recipe.adapter_config(), seed=recipe.seed)
+
+
+def _build_average(recipe: Recipe, parameters: list[nn.Parameter]) -> EMAModel | None:
+    if recipe.ema_decay is None:
+        return None
+    from diffusers.training_utils import EMAModel  # its module takes seconds to import
+
+    return EMAModel(parameters, decay=recipe.ema_decay)
+
+
+def _build_projectors(recipe: Recipe, branch: ReferenceBranch, data: TrainingData) -> Projectors | None:
+    """Heads for every aligned block and teacher; None where nothing is aligned."""
+    if not branch.align_blocks or recipe.alignment.weight == 0:
+        return None
+    teachers = {name: data.teachers[name] for name in recipe.adapter.teachers}
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return Projectors(branch.align_blocks, branch.family.hidden_size(branch.transformer), teachers, generator)

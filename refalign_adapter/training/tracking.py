@@ -1,0 +1,147 @@
+"""What a run tells: means of its losses, `metrics.jsonl`, trackers through accelerate, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from ..batch import StepOutput
+from ..files import atomic_file
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class LossMeter:
+    """Means of losses over batches and processes.
+
+    The names it gives: `loss`, `flow`, `positive`, `negative` (means over the aligned blocks), and per block
+    `cosine/block_{index}`. As in the loss, samples without references count 0 in the positive and negative term; they
+    do not count in the cosine.
+
+    Args:
+        blocks: indices of the aligned blocks.
+    """
+
+    def __init__(self, blocks: Sequence[int]):
+        self.names = ["loss", "flow", "positive", "negative", *(f"cosine/block_{block}" for block in blocks)]
+        self.blocks = list(blocks)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was added."""
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64)
+        self.counts = torch.zeros(len(self.names), dtype=torch.float64)
+
+    def add(self, output: StepOutput, samples: int, aligned: bool) -> None:
+        """Add one batch of `samples` samples; `aligned`: whether the alignment had a weight."""
+        values = [output.loss, output.flow]
+        if output.cosine:
+            per_block = [[part[block] for block in self.blocks] for part in (output.positive, output.negative)]
+            values += [torch.stack(part).mean() for part in per_block]
+            values += [output.cosine[block] for block in self.blocks]
+        elif aligned:
+            values += [torch.zeros(()), torch.zeros(())]
+        row = torch.stack([value.detach().double().cpu() for value in values])
+        self.sums[: len(row)] += row * samples
+        self.counts[: len(row)] += samples
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over what was added on all processes, by name, those without a value left out; then forgets it."""
+        both = torch.stack([self.sums, self.counts]).to(accelerator.device)
+        sums, counts = accelerator.reduce(both, "sum").cpu()  # type: ignore[union-attr]
+        self.clear()
+        return {
+            name: (total / count).item()
+            for name, total, count in zip(self.names, sums, counts, strict=True)
+            if count > 0
+        }
+
+
+class RunLog:
+    """Scalars of a run: one JSON object a line in `metrics.jsonl`, and accelerate's trackers. Main process only.
+
+    Args:
+        accelerator: its trackers are told too.
+        output_dir: the run's folder.
+        step: rows after this step are dropped, being of a run that is taken up before them.
+    """
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, step: int):
+        self.accelerator = accelerator
+        self.file: IO[str] | None = None
+        if accelerator.is_main_process:
+            path = output_dir / METRICS_NAME
+            kept = [row for row in read_metrics(path) if row["step"] <= step] if step else []
+            with atomic_file(path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            self.file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log scalars of a step."""
+        self.accelerator.log(values, step=step)
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        """Close the file; the trackers are closed by `accelerator.end_training`."""
+        if self.file is not None:
+            self.file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a `metrics.jsonl`; none when there is no such file. A last line cut off by a crash is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class ProgressBar:
+    """Steps done, losses and the time that is left; a bar on a terminal, elsewhere a line every half a minute or so.
+
+    Args:
+        accelerator: only its main process shows anything.
+        total: steps of the run.
+        done: steps that a checkpoint had done.
+    """
+
+    def __init__(self, accelerator: Accelerator, total: int, done: int):
+        self.shown = accelerator.is_main_process
+        self.terminal = sys.stderr.isatty()
+        self.total, self.first, self.started, self.last = total, done, time.monotonic(), time.monotonic()
+        options = {"desc": "training", "unit": "step", "dynamic_ncols": True}
+        self.bar = tqdm(total=total, initial=done, disable=not (self.shown and self.terminal), **options)
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Show that `step` steps are done."""
+        shown = {name.rpartition("/")[2]: f"{value:.4g}" for name, value in values.items()}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(1)
+        now = time.monotonic()
+        if self.shown and not self.terminal and (now - self.last > 30 or step == self.total):
+            self.last = now
+            left = tqdm.format_interval((now - self.started) / (step - self.first) * (self.total - step))
+            losses = " ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {step}/{self.total}  {losses}  {left} left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
+
+
+def say(accelerator: Accelerator, text: str) -> None:
+    """Print one line on the main process, above the progress bar."""
+    if accelerator.is_main_process:
+        tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,77 @@
+"""The recipes that come along: valid, launched as their first line says, copied with what that line names."""
+
+import ast
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from refalign_adapter.errors import UserError
+from refalign_adapter.recipes import copy_recipe, list_recipes, recipe_path, recipes_folder
+from refalign_adapter.training.recipe_file import load_recipe
+
+NAMES = list_recipes()
+
+
+def test_what_comes_along():
+    stages = [f"wan2.1-t2v-{size}/stage{number}" for size in ("1.3b", "14b") for number in (1, 2)]
+    assert NAMES == ["demo/joint", *stages]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_is_valid_and_opens_with_its_command(name):
+    recipe = load_recipe(recipe_path(name))
+    words = recipe_path(name).read_text().splitlines()[0].split()
+    assert words[:4] == ["#", "accelerate", "launch", "--config_file"]
+    assert (recipes_folder().parent / words[4]).is_file()
+    assert words[5:] == ["-m", "refalign_adapter.train", "--config", f"recipes/configs/{name}.yaml"]
+    if not name.startswith("demo"):
+        config = yaml.safe_load((recipes_folder().parent / words[4]).read_text())
+        batch = recipe.train_batch_size * recipe.gradient_accumulation_steps * config["num_processes"]
+        assert (batch, recipe.max_train_steps) == (128, 3000)
+        assert (recipe.data.height, recipe.data.width, recipe.data.num_frames) == (480, 832, 81)
+        assert (recipe.alignment.weight, recipe.alignment.negative_weight, recipe.adapter.align_layers) == (1, 1, 9)
+        assert list(recipe.dropout.model_dump().values()) == [0.1, 0.1, 0.1]
+        assert "# ours" in next(
+            line for line in recipe_path(name).read_text().splitlines() if "learning_rate:" in line
+        )
+
+
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
+def test_second_stage_goes_on_from_the_first(size):
+    first, second = (load_recipe(recipe_path(f"wan2.1-t2v-{size}/stage{number}")) for number in (1, 2))
+    assert second.init_adapter == f"{first.output_dir}/adapter"
+    assert second.adapter == first.adapter
+    assert second.learning_rate == first.learning_rate / 5  # as in the paper
+
+
+@pytest.mark.parametrize("path", sorted(recipes_folder().glob("accelerate/*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
+
+
+def test_a_copy_names_its_copies(tmp_path):
+    copy = copy_recipe("wan2.1-t2v-1.3b/stage1", tmp_path / "mine" / "recipe.yaml")
+    first = copy.read_text().splitlines()[0]
+    assert first == (
+        f"# accelerate launch --config_file {tmp_path}/mine/multi_gpu_bf16.yaml -m refalign_adapter.train "
+        f"--config {tmp_path}/mine/recipe.yaml"
+    )
+    assert load_recipe(copy) == load_recipe(recipe_path("wan2.1-t2v-1.3b/stage1"))
+    assert (tmp_path / "mine" / "multi_gpu_bf16.yaml").is_file()
+    assert copy_recipe("demo/joint", tmp_path).name == "demo-joint.yaml"
+    with pytest.raises(UserError, match="exists already; choose another name"):
+        copy_recipe("demo/joint", tmp_path)
+
+
+def test_unknown_recipe_is_told_with_those_there_are():
+    with pytest.raises(UserError, match=r"^recipe: there is no 'wan2.1-t2v-14b/stage'; choose one of demo/joint, "):
+        recipe_path("wan2.1-t2v-14b/stage")
+
+
+def test_scripts_are_the_packages_commands():
+    for name in ("train", "cache"):
+        tree = ast.parse((recipes_folder() / f"{name}.py").read_text())
+        imports = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        assert imports == [f"refalign_adapter.{name}"]

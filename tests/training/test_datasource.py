@@ -1,0 +1,62 @@
+"""Batches without end, in an order that can be taken up anywhere, with and without workers."""
+
+import itertools
+
+import pytest
+import torch
+
+from refalign_adapter.training.datasource import batches_of_equals, open_data
+from refalign_adapter.training.setup import build_accelerator
+
+
+@pytest.fixture
+def make_data(make_recipe, tmp_path):
+    def make(*overrides):
+        recipe = make_recipe(*overrides)
+        return open_data(recipe, build_accelerator(recipe, tmp_path))
+
+    return make
+
+
+def test_order_goes_on_where_it_was_left_over_the_end_of_a_pass(make_data):
+    data = make_data()
+    length = len(data.sampler)
+    keys = [batch.keys for batch in itertools.islice(data.training_batches(0, 0), 3 * length)]
+    assert len({key for batch in keys for key in batch}) == 7  # ten rows, three of them held out
+    for start in (1, length, length + 2):
+        taken_up = data.training_batches(start // length, start % length)
+        assert [batch.keys for batch in itertools.islice(taken_up, length)] == keys[start : start + length]
+    at_the_end = next(data.training_batches(0, length))
+    assert at_the_end.keys == keys[length]
+
+
+def test_workers_change_nothing(make_data):
+    one, other = (itertools.islice(make_data(f"dataloader_num_workers={n}").training_batches(0, 1), 8) for n in (0, 1))
+    for left, right in zip(one, other, strict=True):
+        assert left.keys == right.keys
+        assert torch.equal(left.references, right.references)
+
+
+def test_augmented_variants_alternate_and_cross_pairs_stay(make_data):
+    data = make_data("train_batch_size=1")
+    length = len(data.sampler)
+    seen = {}
+    for batch in itertools.islice(data.training_batches(0, 0), 3 * length):
+        seen.setdefault(batch.keys[0], []).append(batch.references)
+    kinds = set()
+    for first, second, third in seen.values():
+        assert torch.equal(first, third)
+        kinds.add(torch.equal(first, second))
+    assert kinds == {True, False}  # cross pairs have one version, regular pairs two
+
+
+def test_validation_rows_are_no_training_rows(make_data):
+    data = make_data("validation_batches=1")
+    assert data.groups == [[0, 1]]
+    assert len(data.validation) == 3
+    assert not {*data.validation.keys} & {*data.training.keys}
+    assert data.validation_batch(0).keys == data.validation.keys[:2]
+
+
+def test_batches_of_equals_keep_order_and_shape():
+    assert batches_of_equals(["a", "b", "a", "a", "b"], 2) == [[0, 2], [3], [1, 4]]

@@ -1,0 +1,218 @@
+"""The loop: a run taken up again is the run that went through, with every kind of optimizer state."""
+
+import itertools
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from refalign_adapter.branch.attach import ReferenceBranch
+from refalign_adapter.data.video import read_video
+from refalign_adapter.errors import UserError
+from refalign_adapter.training.interrupt import SignalWatch
+from refalign_adapter.training.loop import endless_batches, optimizer_step, train
+from refalign_adapter.training.recipe_file import load_recipe
+from refalign_adapter.training.setup import build_accelerator, build_run, step_seed
+from refalign_adapter.training.tracking import LossMeter, read_metrics
+from refalign_adapter.training.validation import fixed_sigmas, validate
+
+FILES = (
+    "adapter/pytorch_lora_weights.safetensors",
+    "training/projectors.safetensors",
+    "training/optimizer.safetensors",
+)
+
+
+def assert_same(one, other):
+    """The tensors of two files are bit-identical."""
+    left, right = load_file(one), load_file(other)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+def test_resumed_run_equals_one_that_went_through(make_recipe, tmp_path, optimizer):
+    options = [
+        f"optimizer={optimizer}", "ema_decay=0.9", "lr_scheduler=cosine", "lr_warmup_steps=2", "validation_steps=3",
+        "alignment.decay=cosine", "alignment.cutoff_step=5",
+    ]  # fmt: skip
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    train(make_recipe(f"output_dir={straight}", *options))
+    (tmp_path / "parts").mkdir()
+    (straight / "checkpoint-3").rename(parts / "checkpoint-3")
+    train(make_recipe(f"output_dir={parts}", "resume_from_checkpoint=latest", *options))
+    for name in (*FILES, "training/ema.safetensors"):
+        assert_same(straight / "checkpoint-6" / name, parts / "checkpoint-6" / name)
+    assert_same(straight / FILES[0], parts / FILES[0])
+    rows = [row for row in read_metrics(straight / "metrics.jsonl") if row["step"] > 3]
+    assert rows == read_metrics(parts / "metrics.jsonl")
+    kinds = {str(tensor.dtype) for tensor in load_file(straight / "checkpoint-6" / FILES[2]).values()}
+    assert ("torch.uint8" in kinds) == (optimizer == "adamw8bit")
+
+
+def test_what_a_run_writes(make_recipe, tmp_path):
+    out = tmp_path / "out"
+    options = ["validation_steps=2", "checkpoints_total_limit=1", "report_to=tensorboard", "max_train_steps=3",
+               "checkpointing_steps=2", "optimizer=adamw", "sample_steps=3", "sample.num_inference_steps=1",
+               f"sample_prompts=[{{prompt: 'A dog, running!', references: [{make_image(tmp_path)}]}}, {{prompt: a cat}}]"]  # fmt: skip  # noqa: E501
+    folder = train(make_recipe(*options))
+    assert folder == out / "adapter"
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+        "refalign_config.json",
+    }
+    assert (out / "training" / "projectors.safetensors").is_file()
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+    videos = sorted((out / "samples" / "step-3").iterdir())
+    assert [path.name for path in videos] == ["00-a-dog-running.mp4", "01-a-cat.mp4"]
+    assert read_video(videos[0], num_frames=5, height=48, width=48).shape == (5, 48, 48, 3)
+    rows = read_metrics(out / "metrics.jsonl")
+    training = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in training] == [1, 2, 3]
+    assert {"train/flow", "train/positive", "train/negative", "train/cosine/block_0", "train/cosine/block_1",
+            "train/grad_norm", "train/alignment_weight", "train/learning_rate", "train/projector_learning_rate"} < set(training[0])  # fmt: skip  # noqa: E501
+    assert [row["step"] for row in rows if "validation/flow" in row] == [0, 2, 3]
+    assert load_recipe(out / "recipe.yaml").max_train_steps == 3
+    events = EventAccumulator(str(out / "logs" / "refalign")).Reload()
+    logged = [event.value for event in events.Scalars("train/loss")]
+    assert logged == pytest.approx([row["train/loss"] for row in training])
+
+
+def make_image(folder):
+    path = folder / "reference.png"
+    Image.new("RGB", (40, 30), "red").save(path)
+    return path
+
+
+def test_only_lora_and_projectors_change_and_all_of_them_do(make_recipe, tmp_path):
+    recipe = make_recipe("optimizer=adamw", "adapter.lora_dropout=0")
+    accelerator = build_accelerator(recipe, tmp_path)
+    run = build_run(recipe, accelerator, tmp_path)
+    before = {name: value.clone() for name, value in run.module.state_dict().items()}
+    trained = {id(parameter) for _, parameter in run.trained.named_parameters()}
+    names = {name for name, parameter in run.module.named_parameters() if id(parameter) in trained}
+    assert len(names) == len(trained)
+    assert {name for name, parameter in run.module.named_parameters() if parameter.requires_grad} == names
+    batches = endless_batches(run)
+    for _ in range(2):  # the first step moves the LoRA's second factors, the second also the first ones
+        optimizer_step(run, batches, LossMeter((0, 1)), SignalWatch())
+    after = run.module.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == names
+
+
+def test_validation_repeats_itself_and_shares_out(make_recipe, tmp_path):
+    recipe = make_recipe()
+    run = build_run(recipe, build_accelerator(recipe, tmp_path), tmp_path)
+    sizes = [len(group) for group in run.data.groups]
+    assert sizes == [2, 1]
+
+    def once():
+        load, empty_text = run.data.validation_batch, run.data.empty_text
+        return validate(run.module, load, sizes, empty_text, run.accelerator, seed=0, alignment_weight=1.0)
+
+    first = once()
+    torch.manual_seed(99)
+    assert once() == first
+    assert run.module.training
+    expected = []
+    for index, start in ((0, 0), (1, 2)):  # by hand: each batch with its own noise and sigmas
+        batch = run.data.validation_batch(index)
+        output = run.module.eval()(
+            batch, run.data.empty_text, generator=torch.Generator().manual_seed(index), alignment_weight=0.0,
+            drop_conditions=False, sigmas=fixed_sigmas(start, len(batch.keys), 3.0),
+        )  # fmt: skip
+        expected += [float(output.flow.detach())] * len(batch.keys)
+    assert first["flow"] == pytest.approx(sum(expected) / 3, rel=1e-6)
+
+
+def test_fixed_sigmas_cover_the_range():
+    sigmas = fixed_sigmas(0, 64, 1.0).sort().values
+    gaps = torch.diff(sigmas, prepend=torch.zeros(1), append=torch.ones(1))
+    assert gaps.max() < 2.5 / 64
+    assert torch.equal(fixed_sigmas(5, 3, 3.0), fixed_sigmas(0, 8, 3.0)[5:])
+
+
+def test_accumulated_gradients_are_the_mean(make_recipe, tmp_path):
+    """Two batches of one sample make the step that the mean of their gradients makes."""
+    base = ["optimizer=sgd", "max_grad_norm=null", "adam_weight_decay=0", "adapter.lora_dropout=0"]
+    recipe = make_recipe("gradient_accumulation_steps=2", "train_batch_size=1", *base)
+    run = build_run(recipe, build_accelerator(recipe, tmp_path), tmp_path)
+    start = {name: parameter.detach().clone() for name, parameter in run.trained.named_parameters()}
+    batches = list(itertools.islice(run.data.training_batches(0, 0), 2))
+    optimizer_step(run, iter(batches), LossMeter((0, 1)), SignalWatch())
+    moved = {name: (start[name] - parameter.detach()) / 1e-3 for name, parameter in run.trained.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in run.trained.named_parameters():
+            parameter.copy_(start[name])
+    total = 0
+    for index, batch in enumerate(batches):
+        generator = torch.Generator().manual_seed(step_seed(0, index, 0))
+        total = total + run.module(batch, run.data.empty_text, generator=generator, alignment_weight=1.0).loss / 2
+    total.backward()
+    for name, parameter in run.trained.named_parameters():
+        assert torch.allclose(moved[name], parameter.grad, atol=2e-4 * float(parameter.grad.abs().max()) + 1e-7), name
+
+
+def test_gradient_checkpointing_and_ema_are_switched_on(make_recipe, tmp_path):
+    recipe = make_recipe("gradient_checkpointing=true", "ema_decay=0.5", "max_train_steps=2", "optimizer=adamw")
+    run = build_run(recipe, build_accelerator(recipe, tmp_path), tmp_path)
+    assert run.module.transformer.is_gradient_checkpointing
+    folder = train(recipe)
+    averaged = load_file(folder / "pytorch_lora_weights.safetensors")
+    raw = load_file(tmp_path / "out" / "checkpoint-2" / "adapter" / "pytorch_lora_weights.safetensors")
+    shadow = load_file(tmp_path / "out" / "checkpoint-2" / "training" / "ema.safetensors")
+    assert any(not torch.equal(averaged[name], raw[name]) for name in raw)
+    name = next(iter(shadow))
+    assert torch.equal(averaged[f"transformer.{name.replace('.refalign', '')}"], shadow[name])
+
+
+def test_stage_two_starts_from_stage_ones_weights_and_projectors(make_recipe, tmp_path):
+    folder = train(make_recipe("max_train_steps=1", "optimizer=adamw"))
+    second = make_recipe(f"init_adapter={folder}", "seed=7")
+    run = build_run(second, build_accelerator(second, tmp_path), tmp_path)
+    saved = load_file(tmp_path / "out" / "training" / "projectors.safetensors")
+    state = run.trained.projectors.state_dict()
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+    weights = load_file(folder / "pytorch_lora_weights.safetensors")
+    for name, parameter in run.trained.branch.named_parameters():
+        assert torch.equal(weights[f"transformer.{name.replace('.refalign', '')}"], parameter)
+    other = make_recipe(f"init_adapter={folder}", "adapter.r=8")
+    with pytest.raises(UserError, match=r"^init_adapter: the LoRA in .* do not fit .*adapter section it was trained"):
+        build_run(other, build_accelerator(other, tmp_path), tmp_path)
+
+
+def test_no_alignment_needs_no_projectors(make_recipe, tmp_path):
+    train(make_recipe("alignment.weight=0", "max_train_steps=1", "optimizer=adamw"))
+    assert not (tmp_path / "out" / "training" / "projectors.safetensors").exists()
+    (row,) = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert not [name for name in row if "cosine" in name or "positive" in name]
+
+
+def test_a_loss_that_is_no_number_ends_the_run(make_recipe, tmp_path):
+    with pytest.raises(UserError, match=r"^training: the loss at step \d .*lower learning_rate"):
+        train(make_recipe("learning_rate=1e30", "optimizer=sgd", "max_grad_norm=null", "checkpointing_steps=9"))
+
+
+def test_bf16_trains_float32_weights_on_a_bf16_base(make_recipe, tmp_path):
+    recipe = make_recipe("mixed_precision=bf16", "max_train_steps=2", "optimizer=adamw", "validation_steps=2")
+    AcceleratorState._reset_state()
+    try:
+        run = build_run(recipe, build_accelerator(recipe, tmp_path), tmp_path)
+        assert run.module.transformer.blocks[0].ffn.net[2].weight.dtype == torch.bfloat16
+        assert {parameter.dtype for _, parameter in run.trained.named_parameters()} == {torch.float32}
+        train(recipe)
+    finally:
+        AcceleratorState._reset_state()
+    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 2]
+
+
+def test_the_adapter_is_uploaded_when_asked_for(make_recipe, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ReferenceBranch, "push_to_hub", lambda _, *names, **options: calls.append((names, options)))
+    train(make_recipe("max_train_steps=1", "push_to_hub=true", "hub_model_id=me/mine", "hub_private=true"))
+    assert calls == [(("me/mine",), {"private": True})]

@@ -1,0 +1,55 @@
+"""Means over batches of unequal size, and the log that a resumed run continues."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from refalign_adapter.batch import StepOutput
+from refalign_adapter.training.tracking import LossMeter, RunLog, read_metrics
+
+
+def output(loss, flow, positive=None, negative=None, cosine=None):
+    parts = [
+        {block: torch.tensor(value) for block, value in (part or {}).items()} for part in (positive, negative, cosine)
+    ]
+    return StepOutput(torch.tensor(loss, requires_grad=True), torch.tensor(flow), *parts)
+
+
+def test_means_weigh_samples_alike():
+    meter = LossMeter((0, 2))
+    meter.add(output(3.0, 1.0, {0: 1.0, 2: 3.0}, {0: 0.0, 2: 1.0}, {0: 0.5, 2: -0.5}), 3, aligned=True)
+    meter.add(output(7.0, 5.0), 1, aligned=True)  # no references: counts 0 in the terms, not in the cosine
+    assert meter.reduce(Accelerator()) == pytest.approx(
+        {
+            "loss": 4.0,
+            "flow": 2.0,
+            "positive": 1.5,
+            "negative": 0.375,
+            "cosine/block_0": 0.5,
+            "cosine/block_2": -0.5,
+        }
+    )
+    meter.add(output(1.0, 1.0), 2, aligned=False)
+    assert meter.reduce(Accelerator()) == {"loss": 1.0, "flow": 1.0}
+    assert meter.reduce(Accelerator()) == {}
+
+
+def test_log_is_cut_where_a_run_is_taken_up(tmp_path):
+    accelerator = Accelerator()
+    log = RunLog(accelerator, tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(step, {"train/loss": float(step)})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "tr')
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    log = RunLog(accelerator, tmp_path, 2)
+    log.write(3, {"train/loss": 9.0})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 9.0)]
+    RunLog(accelerator, tmp_path, 0).close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert read_metrics(tmp_path / "none.jsonl") == []
