@@ -1,0 +1,145 @@
+"""Does an adapter use its references? Held-out flow loss with the right, another sample's and no references.
+
+The three differ in nothing else: the same clip, caption, noise and sigma. Alignment plays no part.
+
+Shape letters: B batch, C latent channels, F latent frames, M references, H and W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch, CachedSample
+from ..branch.attach import ReferenceBranch
+from ..data.dataset import collate
+from ..errors import UserError
+from ..flow import flow_loss, interpolate, velocity_target
+
+SIGMAS = (0.25, 0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Held-out flow loss under three conditions, paired row by row.
+
+    Attributes:
+        true: mean loss with the row's own references.
+        shuffled: mean loss with another row's references, as many of them.
+        none: mean loss without references.
+        n: rows.
+        p_value: of a paired one-sided t-test that `true` is less than `shuffled`.
+        rows: (n, 3) losses of each row, in the order above.
+    """
+
+    true: float
+    shuffled: float
+    none: float
+    n: int
+    p_value: float
+    rows: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as JSON types, without the rows."""
+        return {name: getattr(self, name) for name in ("true", "shuffled", "none", "n", "p_value")}
+
+
+@torch.no_grad()
+def reference_sensitivity(
+    branch: ReferenceBranch,
+    samples: Sequence[CachedSample],
+    *,
+    sigmas: Sequence[float] = SIGMAS,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> Sensitivity:
+    """Measure how much the right references lower the flow loss.
+
+    Rows are paired with rows of the same shape and number of references; a row without such a partner is left out.
+    Noise depends on `seed` and the row alone, so that adapters can be compared.
+
+    Args:
+        branch: the adapter on its transformer.
+        samples: held-out rows, the first variant of their references is used.
+        sigmas: shares of noise in (0, 1]; a row's loss is the mean over them.
+        seed: of pairing and noise.
+        batch_size: rows at a time.
+
+    Raises:
+        UserError: fewer than two rows can be paired.
+    """
+    transformer = branch.transformer
+    training = transformer.training
+    transformer.eval()
+    try:
+        rows = [
+            loss
+            for group in _groups(samples, seed)
+            for start in range(0, len(group), batch_size)
+            for loss in _batch_losses(branch, samples, group[start : start + batch_size], sigmas, seed)
+        ]
+    finally:
+        transformer.train(training)
+    if len(rows) < 2:
+        raise UserError(f"samples: at least 2 rows of one shape and number of references are needed, got {len(rows)}")
+    losses = torch.stack(rows).double()
+    true, shuffled, none = losses.mean(0).tolist()
+    return Sensitivity(true, shuffled, none, len(rows), paired_p_value(losses[:, 0], losses[:, 1]), losses)
+
+
+def paired_p_value(smaller: Tensor, larger: Tensor) -> float:
+    """One-sided p-value of the paired t-test that the mean of `smaller` (n,) is below that of `larger` (n,)."""
+    from scipy.stats import ttest_rel
+
+    if torch.equal(smaller, larger):  # the t-test divides 0 by 0
+        return 1.0
+    return float(ttest_rel(smaller.numpy(), larger.numpy(), alternative="less").pvalue)
+
+
+def _groups(samples: Sequence[CachedSample], seed: int) -> Iterator[list[tuple[int, int]]]:
+    """Lists of (row, row whose references it borrows), rows of one shape and number of references in each."""
+    shapes: dict[tuple, list[int]] = {}
+    for index, sample in enumerate(samples):
+        shapes.setdefault((sample.latents.shape, sample.references.shape[1:]), []).append(index)
+    generator = torch.Generator().manual_seed(seed)
+    for indices in shapes.values():
+        order = [indices[place] for place in torch.randperm(len(indices), generator=generator)]
+        if len(order) > 1:
+            yield list(zip(order, [*order[1:], order[0]], strict=True))
+
+
+def _batch_losses(
+    branch: ReferenceBranch,
+    samples: Sequence[CachedSample],
+    pairs: list[tuple[int, int]],
+    sigmas: Sequence[float],
+    seed: int,
+) -> Tensor:
+    """(B, 3) losses: right, another row's, no references."""
+    transformer: Any = branch.transformer
+    device = next(transformer.parameters()).device
+    batch = collate([samples[row] for row, _ in pairs]).to(device)
+    other = collate([samples[row] for _, row in pairs]).to(device)
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row, _ in pairs]
+    losses = torch.zeros(len(pairs), 3)
+    for sigma in sigmas:
+        noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=generator) for generator in generators])
+        for place, references in enumerate((batch.references, other.references, None)):
+            losses[:, place] += _losses(branch, batch, references, noise.to(device), sigma).cpu() / len(sigmas)
+    return losses
+
+
+def _losses(branch: ReferenceBranch, batch: Batch, references: Tensor | None, noise: Tensor, sigma: float) -> Tensor:
+    """(B,) flow losses."""
+    transformer: Any = branch.transformer
+    latents = batch.latents.float()
+    sigmas = torch.full((len(latents),), sigma, device=latents.device)
+    noisy = interpolate(latents, noise, sigmas).to(transformer.dtype)
+    arguments = branch.family.forward_arguments(noisy, sigmas, batch.text.to(transformer.dtype))
+    with branch.references(None if references is None else references.to(transformer.dtype)):
+        prediction = transformer(**arguments)[0]
+    return flow_loss(prediction, velocity_target(latents, noise))

@@ -1,0 +1,127 @@
+"""The model card that is saved with an adapter: what is known of it, how to use it, what it cannot do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config import RefAlignConfig
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+UNKNOWN_BASE = "path/to/the/base"
+
+USAGE = """\
+import torch
+from diffusers import DiffusionPipeline
+
+import refalign_adapter as ra
+from refalign_adapter.data.video import write_video
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dtype = torch.bfloat16 if device == "cuda" else torch.float32
+base = DiffusionPipeline.from_pretrained("{base}", torch_dtype=dtype).to(device)
+
+pipe = ra.load_adapter(base, "{adapter}")
+video = pipe(
+    "a woman walks her dog along the beach",
+    reference_images=["woman.png", "dog.png"],
+    height=480,
+    width=832,
+    num_frames=81,
+    num_inference_steps=50,
+    image_guidance_scale=5.0,
+    guidance_scale=7.5,
+    generator=torch.Generator().manual_seed(0),
+).frames[0]
+write_video("beach.mp4", video, fps=16)
+"""
+
+BODY = """\
+{front}
+# Reference-to-video adapter{for_base}
+
+A LoRA that lets a frozen text-to-video transformer take reference images: give a prompt and pictures of the subjects,
+get a video in which they are to appear. The method is RefAlign (arXiv 2603.25743); the vision encoders and projectors
+that it trains with are not part of the adapter and are not needed to use it.
+
+## Usage
+
+With the Python package `refalign-adapter`:
+
+```python
+{usage}```
+
+`reference_images` takes paths, PIL images or arrays, for several prompts one list each. A step runs the transformer
+three times; twice when one of the two guidance scales is 1 or both are equal, once when both are 1.
+
+## Configuration
+
+{table}
+
+Written out in `refalign_config.json`; the LoRA's own fields are in the metadata of
+`pytorch_lora_weights.safetensors` too.
+
+## Limits
+
+- It fits one base only: {base_facts}. Loading it onto another is refused.
+- diffusers loads the LoRA without refalign-adapter (`load_lora_weights`) and applies it in the same way, but takes no
+  reference images then.
+- It changes the base: with the adapter loaded, videos without references differ from the base's.
+- References take part in attention as further frames, so each one costs about as much as one more latent frame.
+- No evaluation is recorded in this card.
+"""
+
+
+def model_card(config: RefAlignConfig, adapter: str = ".") -> str:
+    """The adapter's `README.md`: YAML front matter for the Hub, a usage snippet that runs, configuration, limits.
+
+    Args:
+        config: of the adapter.
+        adapter: what the usage snippet loads: a folder or a Hub id. The default is the folder that the card is in.
+    """
+    base = _hub_id(config.base_model)
+    return BODY.format(
+        front=_front_matter(config, base),
+        for_base=f" for {base}" if base else "",
+        usage=USAGE.format(base=base or UNKNOWN_BASE, adapter=adapter),
+        table=_table(config),
+        base_facts=", ".join(f"{name} {value}" for name, value in config.base.items()) or "the one it was trained on",
+    )
+
+
+def _hub_id(name: str | None) -> str | None:
+    """`name` if it can be a Hub id; a path on the machine of training helps nobody else."""
+    return name if name and REPOSITORY.fullmatch(name) and not Path(name).exists() else None
+
+
+def _front_matter(config: RefAlignConfig, base: str | None) -> str:
+    family = config.base.get("family")
+    values: dict[str, Any] = {
+        **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-video",
+        "tags": ["lora", "reference-to-video", "refalign", "refalign-adapter", *([family] if family else [])],
+    }
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
+
+
+def _table(config: RefAlignConfig) -> str:
+    modules = config.target_modules
+    rows = {
+        "attention": config.attention,
+        "LoRA scope": config.lora_scope,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target modules": modules if isinstance(modules, str) else ", ".join(modules or ()),
+        "aligned blocks": config.align_layers,
+        "teachers": ", ".join(_teacher_name(name) for name in config.teachers) or "none",
+        "text tokens": config.max_sequence_length,
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _teacher_name(name: str) -> str:
+    return _hub_id(name) or "a local model"

@@ -1,0 +1,51 @@
+"""An adapter folder to the Hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import RefAlignConfig
+from ..errors import UserError
+from .card import model_card
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+
+def push_adapter(
+    save: Callable[[Path], Any], repo_id: str, *, private: bool = False, token: str | None = None
+) -> CommitInfo:
+    """Write an adapter folder, create the model repository if there is none, and upload; one commit.
+
+    Args:
+        save: writes the adapter into the folder it is given, such as `branch.save_pretrained`.
+        repo_id: `user/name`; the card's usage snippet is made to load it.
+        private: whether a repository that is created here is private.
+        token: of the Hub; None takes the one of `hf auth login`.
+
+    Raises:
+        UserError: the Hub refused or could not be reached, with its reason.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Connection errors are those of the HTTP library, which differs between versions of huggingface_hub.
+    refusals: Any = (OSError, ValueError, *HfHubHTTPError.__bases__)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "adapter"
+        save(folder)
+        card = model_card(RefAlignConfig.load(folder), repo_id)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        api = HfApi(token=token)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter")
+        except refusals as error:
+            raise UserError(f"repo_id: cannot push to {repo_id!r} ({_reason(error)})") from None
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

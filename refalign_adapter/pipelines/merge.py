@@ -1,0 +1,39 @@
+"""`merge_and_unload`: the LoRA becomes part of the base's weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import UserError
+from .base import ReferencePipeline
+
+
+def merge_and_unload(pipe: Any) -> Any:
+    """Add the LoRA to the base's weights for good and take all PEFT modules off; references go on working.
+
+    As in peft, every LoRA that is switched on is merged and the others are dropped; what `fuse_lora` has fused stays
+    as it is. A step then costs what the base takes for as many tokens.
+
+    Args:
+        pipe: what `load_adapter` returned; changed in place.
+
+    Returns:
+        `pipe`.
+
+    Raises:
+        UserError: another object, or a pipeline whose adapter was unloaded.
+    """
+    if not isinstance(pipe, ReferencePipeline):
+        raise UserError(f"pipe: expected what load_adapter returns, got {type(pipe).__name__}")
+    transformer: Any = pipe._loaded_branch().transformer
+    if not getattr(transformer, "peft_config", None):
+        return pipe
+    if not any(getattr(module, "merged_adapters", ()) for module in transformer.modules()):
+        transformer.fuse_lora()
+    transformer.unload_lora()
+    pipe.changes = (
+        "The transformer's weights contain the LoRA, for good.",
+        "The transformer has hooks that let references in; they do nothing without references.",
+        "The transformer's parameters are frozen.",
+    )
+    return pipe

@@ -1,0 +1,167 @@
+"""How videos are generated from the command line, and the pipeline that these options ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import PartialState
+
+from ..branch.attach import fit_config
+from ..config import RefAlignConfig
+from ..data.options import DTYPES
+from ..errors import ConfigError, UserError
+from ..export.adapter import find_adapter
+from ..families.base import Family, load_family
+from .base import MAX_REFERENCES
+from .guidance import check_scales
+from .load import load_adapter
+
+OFFLOADS = ("none", "model")
+"""model: a model is on the GPU only while it runs, diffusers' `enable_model_cpu_offload`; slower, with less memory."""
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How videos are made; sizes and scales as in `WanReferencePipeline`.
+
+    Attributes:
+        base: folder or Hub id of a diffusers text-to-video pipeline.
+        adapter: adapter folder or Hub id.
+        negative_prompt: in place of the empty text.
+        height, width: in pixels.
+        num_frames, fps: frames, and how many are shown a second.
+        num_inference_steps: at least 1.
+        guidance_scale, image_guidance_scale: how strongly the prompt and the references pull.
+        seed: of a single video's noise; in a run of many, each key has a seed made of this one and the key.
+        max_references: most images a prompt may have.
+        device: None takes the GPU if there is one, else the CPU.
+        dtype: fp32, fp16 or bf16, of transformer and text encoder; None takes bf16, on the CPU fp32. The VAE is fp32.
+        offload: none or model.
+        revision, adapter_revision: of the Hub.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+
+    base: str
+    adapter: str
+    negative_prompt: str | None = None
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    fps: float = 16
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    image_guidance_scale: float = 5.0
+    seed: int = 0
+    max_references: int = MAX_REFERENCES
+    device: str | None = None
+    dtype: str | None = None
+    offload: str = "none"
+    revision: str | None = None
+    adapter_revision: str | None = None
+
+    def __post_init__(self) -> None:
+        counts = ("height", "width", "num_frames", "num_inference_steps", "max_references")
+        too_small = [name for name in counts if getattr(self, name) < 1]
+        problems = [f"{name} must be at least 1, got {getattr(self, name)}" for name in too_small]
+        if not 0 < self.fps <= 1000:
+            problems.append(f"fps must be above 0 and at most 1000, got {self.fps}")
+        if not 0 <= self.seed < 2**63:
+            problems.append(f"seed must be at least 0 and below 2**63, got {self.seed}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            problems.append(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.offload not in OFFLOADS:
+            problems.append(f"offload must be one of {', '.join(OFFLOADS)}, got {self.offload!r}")
+        try:
+            check_scales(self.guidance_scale, self.image_guidance_scale)
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+
+
+def process_device(options: GenerateOptions) -> tuple[torch.device, PartialState]:
+    """The device of this process, and accelerate's view of all processes: a single one outside of `accelerate launch`.
+
+    Raises:
+        UserError: a device that is not there, or offloading without a GPU.
+    """
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: {name!r} cannot be used ({_reason(error)})") from None
+    if options.offload != "none" and device.type == "cpu":
+        raise UserError(f"offload: {options.offload!r} needs a GPU, got device {name!r}; use 'none'")
+    state = PartialState(cpu=device.type == "cpu")
+    if state.num_processes > 1 and state.device is not None:
+        device = state.device
+    return device, state
+
+
+def check_models(options: GenerateOptions) -> Family:
+    """Look at base and adapter without loading weights; returns the base's family.
+
+    Raises:
+        UserError: a base or adapter that cannot be read, that cannot take references, or that do not fit each other.
+    """
+    adapter = RefAlignConfig.load(find_adapter(options.adapter, revision=options.adapter_revision))
+    base = options.base
+    if Path(base).exists() and not (Path(base) / "model_index.json").is_file():
+        raise UserError(f"base: {base!r} is no diffusers pipeline folder, it has no model_index.json")
+    try:
+        config: Any = diffusers.DiffusionPipeline.load_config(base, revision=options.revision)
+        class_name = str((config.get("transformer") or [None, None])[1])
+        family = load_family(class_name)
+        if problem := family.pipeline_problem(SimpleNamespace(config=config)):
+            raise UserError(problem)
+        transformer_class = getattr(diffusers, class_name)
+        values = transformer_class.load_config(base, subfolder="transformer", revision=options.revision)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"base: {base!r} is no pipeline folder or Hub id that can be read ({_reason(error)})"
+        ) from None
+    with torch.device("meta"):
+        fit_config(transformer_class.from_config(values), adapter)
+    return family
+
+
+def load_pipeline(options: GenerateOptions, device: torch.device | None = None) -> Any:
+    """Load base and adapter, in the type and with the offloading asked for.
+
+    Args:
+        options: what and how.
+        device: where; None: as the options say.
+
+    Raises:
+        UserError: what `check_models` and `process_device` tell, or weights that cannot be read.
+    """
+    family = check_models(options)
+    device = device or process_device(options)[0]
+    dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    try:
+        base = family.load_pipeline(
+            options.base, revision=options.revision, torch_dtype={"default": dtype, "vae": torch.float32}
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"base: cannot load {options.base!r} ({_reason(error)})") from None
+    if options.offload == "none":
+        base.to(device)
+    pipe = load_adapter(base, options.adapter, revision=options.adapter_revision)
+    pipe.max_references = options.max_references
+    if options.offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    return pipe
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,307 @@
+"""The demo: a small world, a real training run on it, videos from a fresh process, and a report.
+
+    DIR/data/train, DIR/data/eval    clips, references and manifests; no subject of one occurs in the other
+    DIR/base, DIR/teacher            a tiny Wan pipeline and a tiny DINOv2
+    DIR/recipe.yaml                  the packaged recipe demo/joint with this folder's paths
+    DIR/cache, DIR/training          what `refalign cache` and training write; the adapter is DIR/training/adapter
+    DIR/samples                      reference images, prompts, generated videos
+    DIR/report.html, report.json, demo.gif
+
+What is done is noted in DIR/demo.json: run again with the same options, the demo goes on where it stopped, training
+from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import ConfigError, UserError
+from ..files import atomic_file, read_json, require_writable_folder, write_json
+from .processes import run_module
+
+RECIPE = "demo/joint"
+RECIPE_FOLDER = "demo_output"
+"""What the packaged recipe's paths begin with."""
+STATE = "demo.json"
+NEEDED = {"matplotlib": "analysis", "scipy": "analysis", "sklearn": "analysis", "bitsandbytes": "train"}
+GENERATION = {"num-inference-steps": 25, "image-guidance-scale": 3.0, "guidance-scale": 3.0}
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What `run_demo` is told.
+
+    Args:
+        output: folder to write; new, empty, or one in which the demo was begun with the same options.
+        seed: of the world's draws, of training and of the samples.
+        train_clips, eval_clips: clips that are drawn; the evidence needs 64 held-out ones.
+        steps: training steps, a tenth of them warm-up; None: what the recipe says.
+
+    Raises:
+        ConfigError: values out of range, all at once.
+    """
+
+    output: str | Path
+    seed: int = 0
+    train_clips: int = 320
+    eval_clips: int = 96
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"seed": 0, "train_clips": 1, "eval_clips": 16, "steps": 1}
+        values = {name: getattr(self, name) for name in least}
+        problems = [
+            f"{name} must be at least {least[name]}, got {value}"
+            for name, value in values.items()
+            if value is not None and value < least[name]
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def folder(self) -> Path:
+        """`output` as a path."""
+        return Path(self.output)
+
+
+def run_demo(options: DemoOptions, console: Console | None = None) -> Path:
+    """Run all stages that are not done yet.
+
+    Args:
+        options: see `DemoOptions`.
+        console: where progress goes; the processes' own output goes to standard output and error.
+
+    Returns:
+        `report.html`.
+
+    Raises:
+        UserError: extras are missing, the folder holds something else, or a stage failed.
+        KeyboardInterrupt: by Ctrl-C; running it again goes on.
+    """
+    console = console or Console()
+    _check_extras()
+    state = _open(options)
+    stages = list(STAGES.items())
+    for number, (name, (title, run)) in enumerate(stages, 1):
+        heading = f"[bold]{number}/{len(stages)} {title}[/]"
+        if name in state["seconds"]:
+            console.print(f"{heading}: done before")
+            continue
+        console.print(heading)
+        started = time.perf_counter()
+        try:
+            run(options)
+        except KeyboardInterrupt:
+            console.print("Stopped. The same command goes on from here.", style="yellow")
+            raise
+        state["seconds"][name] = round(time.perf_counter() - started, 1)
+        write_json(options.folder / STATE, state)
+        console.print(f"    {state['seconds'][name]} s", style="dim")
+    _finish(options, state["seconds"], console)
+    return options.folder / "report.html"
+
+
+def _check_extras() -> None:
+    missing = sorted({extra for module, extra in NEEDED.items() if find_spec(module) is None})
+    if missing:
+        raise UserError(
+            f"demo: needs more packages; install them with: pip install 'refalign-adapter[{','.join(missing)}]'"
+        )
+
+
+def _open(options: DemoOptions) -> dict[str, Any]:
+    """The folder's state; a new one where there is none.
+
+    Raises:
+        UserError: a folder with something else in it, or a demo with other options.
+    """
+    folder = require_writable_folder(options.folder)
+    settings = {**dataclasses.asdict(options), "output": None}
+    if (folder / STATE).is_file():
+        state = read_json(folder / STATE, "output")
+        if state["options"] != settings:
+            changed = [
+                f"{name} {state['options'].get(name)}"
+                for name in settings
+                if state["options"].get(name) != settings[name]
+            ]
+            raise UserError(
+                f"output: {str(folder)!r} holds a demo with {', '.join(changed)}; delete it or choose another folder"
+            )
+        return state
+    if any(folder.iterdir()):
+        raise UserError(f"output: {str(folder)!r} is not empty; choose a new folder")
+    state = {"options": settings, "seconds": {}}
+    write_json(folder / STATE, state)
+    return state
+
+
+def make_world(options: DemoOptions) -> None:
+    """Clips, base, teacher and recipe."""
+    from .base import unpack_base, unpack_teacher
+    from .write import write_world
+
+    folder = options.folder
+    unpack_base(folder / "base")
+    unpack_teacher(folder / "teacher")
+    write_recipe(options)
+    size = frame_size(folder)
+    for split, clips in (("train", options.train_clips), ("eval", options.eval_clips)):
+        write_world(
+            folder / "data" / split,
+            clips=clips,
+            subjects_split=split,
+            seed=options.seed,
+            **size,
+        )
+
+
+def write_recipe(options: DemoOptions) -> None:
+    """Copy the packaged recipe as a user would, then set its paths, its seed and its steps."""
+    path = options.folder / "recipe.yaml"
+    path.unlink(missing_ok=True)
+    run_module("refalign_adapter.cli", "recipes", "copy", RECIPE, "--output", path, quiet=True)
+    folder = options.folder.resolve()
+    text = re.sub(
+        rf"{RECIPE_FOLDER}/([\w./-]+)", lambda match: json.dumps(str(folder / match[1])), path.read_text("utf-8")
+    )
+    values = {"seed": options.seed}
+    if options.steps:
+        values |= {"max_train_steps": options.steps, "lr_warmup_steps": options.steps // 10}
+    for name, value in values.items():
+        text = re.sub(rf"^{name}: .*$", f"{name}: {value}", text, flags=re.MULTILINE)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def make_cache(options: DemoOptions) -> None:
+    """Encode both splits, in a process of its own."""
+    run_module("refalign_adapter.cache", "--config", options.folder / "recipe.yaml")
+
+
+def train(options: DemoOptions) -> None:
+    """Train under `accelerate launch`, from the last checkpoint if there is one."""
+    folder = options.folder
+    resume = ["resume_from_checkpoint=latest"] if any((folder / "training").glob("checkpoint-*")) else []
+    launcher = ["--config_file", folder / "cpu.yaml", "-m", "refalign_adapter.train"]
+    run_module("accelerate.commands.launch", *launcher, "--config", folder / "recipe.yaml", *resume)
+
+
+def generate(options: DemoOptions) -> None:
+    """Load base and adapter in a fresh process and generate the samples."""
+    from .demo_samples import write_jobs
+
+    folder = options.folder
+    size = frame_size(folder)
+    write_jobs(folder / "samples", height=size["height"], width=size["width"], seed=options.seed)
+    arguments = ["--prompts", folder / "samples" / "prompts.jsonl", "--output", folder / "samples"]
+    run_module("refalign_adapter.cli", "generate", *_generation_arguments(folder), *arguments)
+
+
+def commands(options: DemoOptions) -> list[str]:
+    """Two command lines that generate with the demo's adapter: another reference, and another prompt."""
+    from .demo_samples import SCENES, read_jobs
+
+    folder = options.folder
+    first, second = read_jobs(folder / "samples")[:2]
+    script = Path(sys.executable).parent / "refalign"
+    program = [_short(script)] if script.is_file() else [_short(Path(sys.executable)), "-m", "refalign_adapter.cli"]
+    swapped = (first.references[0], second.references[1])
+    other = dataclasses.replace(SCENES[0], motions=("spins", "bounces"), place="in a city").prompt
+    wanted = [("another_reference", first.prompt, swapped), ("another_prompt", other, first.references)]
+    return [
+        shlex.join(
+            [
+                *program,
+                "generate",
+                *map(str, _generation_arguments(folder)),
+                *("--prompt", prompt),
+                *(part for path in references for part in ("--reference", _short(path))),
+                *("--output", str(folder / f"{name}.mp4")),
+            ]
+        )
+        for name, prompt, references in wanted
+    ]
+
+
+def frame_size(folder: Path) -> dict[str, int]:
+    """Height, width and frames of the demo's clips."""
+    from ..training.recipe_file import load_recipe
+
+    data = load_recipe(folder / "recipe.yaml").data
+    assert data.fps is not None
+    return {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": round(data.fps)}
+
+
+def _generation_arguments(folder: Path) -> list[object]:
+    """What all the demo's calls of `refalign generate` share."""
+    values = {"base": folder / "base", "adapter": folder / "training" / "adapter", **frame_size(folder), **GENERATION}
+    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
+
+
+def _short(path: Path) -> str:
+    """The path from here, where that is shorter. Links are not followed: a virtual environment's Python is one."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _finish(options: DemoOptions, seconds: dict[str, float], console: Console) -> None:
+    """Note the stages' times in report.json and tell what came out."""
+    folder = options.folder
+    facts = read_json(folder / "report.json")
+    facts["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
+    write_json(folder / "report.json", facts)
+    result = facts["reference_sensitivity"]
+    console.print()
+    console.print(
+        f"Held-out flow loss with the right references {result['true']:.4f}, with another clip's "
+        f"{result['shuffled']:.4f}, with none {result['none']:.4f} (n = {result['n']}, p = {result['p_value']:.1g}).",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"Done in {facts['seconds']['total']:.0f} s. Open {folder / 'report.html'} in a browser.", highlight=False
+    )
+    console.print("Generate again, with another reference and with another prompt:", highlight=False, soft_wrap=True)
+    for command in commands(options):
+        print(f"\n{command}")  # not through the console, which would wrap the line
+
+
+def report(options: DemoOptions) -> None:
+    """Measure, then write report.html, report.json and demo.gif."""
+    from .demo_measure import measure
+    from .demo_report import write_demo_report
+
+    folder = options.folder
+    size = frame_size(folder)
+    measured = measure(
+        folder / "base",
+        folder / "training" / "adapter",
+        folder / "cache",
+        height=size["height"],
+        width=size["width"],
+        seed=options.seed,
+    )
+    state = read_json(folder / STATE)
+    write_demo_report(folder, measured, state["options"], state["seconds"], commands(options))
+
+
+STAGES: dict[str, tuple[str, Callable[[DemoOptions], None]]] = {
+    "world": ("Drawing the world", make_world),
+    "cache": ("Encoding clips, references and captions", make_cache),
+    "training": ("Training the adapter", train),
+    "samples": ("Generating videos in a fresh process", generate),
+    "report": ("Measuring and writing the report", report),
+}

@@ -1,0 +1,127 @@
+"""The demo's report: what each picture shows, in one plain sentence each."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..analysis import pictures
+from ..analysis.features import project
+from ..analysis.report import Report, Section, code, plot, sample_table, sensitivity_answer, value_table, write_report
+from ..analysis.samples import Sample, write_animation
+from ..export.adapter import WEIGHTS_NAME
+from ..files import write_json
+from ..training.tracking import METRICS_NAME, read_metrics
+from .demo_measure import FeatureViews, Measured
+from .demo_samples import read_jobs
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
+
+
+def write_demo_report(
+    folder: Path, measured: Measured, options: dict[str, Any], seconds: dict[str, float], commands: Sequence[str]
+) -> None:
+    """Write `report.html`, `report.json` and `demo.gif` into the demo's folder.
+
+    Args:
+        folder: the demo's folder, its training and samples done.
+        measured: see `measure`.
+        options: what the demo was told, for report.json.
+        seconds: of the stages that are done.
+        commands: to generate again.
+    """
+    rows = read_metrics(folder / "training" / METRICS_NAME)
+    samples = [
+        Sample(job.prompt, job.references, folder / "samples" / f"{job.key}.mp4")
+        for job in read_jobs(folder / "samples")
+    ]
+    write_animation(folder / "demo.gif", [sample for sample in samples if len(sample.references) == 2])
+    facts = _facts(folder, measured, options, rows)
+    write_json(folder / "report.json", facts)
+    page = Report("A reference adapter, trained in minutes", _introduction(facts), footer=_footer())
+    page.sections = [
+        Section(
+            "Does it use its references?",
+            "Noise is taken off held-out clips with the right reference images, with another clip's and with none; "
+            "subjects that training never saw. If only the right ones lower the loss, the adapter reads them.",
+            sensitivity_answer(measured.sensitivity)
+            + plot(pictures.sensitivity_picture(measured.sensitivity), "reference sensitivity"),
+        ),
+        Section(
+            "Videos of subjects it never saw",
+            "The prompt names kinds and motions, never looks: colours, textures and emblems can come from the "
+            "reference images only. Some prompts come twice, with other references.",
+            sample_table(samples),
+        ),
+        Section(
+            "Losses",
+            "Left, how well the model removes noise, where lower is better; right, how far reference tokens are "
+            "from their teacher features (positive) and how much they resemble those of other subjects (negative).",
+            plot(pictures.loss_picture(rows), "loss curves"),
+        ),
+        Section(
+            "Agreement with the teacher",
+            "After a small projector, how well the reference tokens of each aligned block point where the frozen "
+            "vision teacher's features do; 1 is perfect.",
+            plot(pictures.cosine_picture(rows), "cosine per block"),
+        ),
+        _features_section(measured.features),
+        Section(
+            "Generate again",
+            "Copy, and change the prompt or the reference images; the kinds, motions and places of the demo's "
+            "prompts are all that this small model knows.",
+            code(commands),
+        ),
+        Section("Time", "Where the time went, in seconds.", value_table(["stage", "seconds"], seconds.items())),
+    ]
+    write_report(folder / "report.html", page)
+
+
+def _features_section(features: FeatureViews) -> Section:
+    scores = features.separability
+    points = {
+        f"{name} training: {score.retrieval:.0%} nearest to their own": project(getattr(features, name))
+        for name, score in scores.items()
+    }
+    sentence = (
+        f"Each dot is one view of one held-out subject, as the model sees it after block {features.block}, two "
+        "subjects at a time; views of one subject should lie together, whatever the pose, the light and the other "
+        "subject. The two axes are the directions of largest variation; the share counts dots whose nearest "
+        "neighbour is of the same subject."
+    )
+    picture = pictures.features_picture(points, features.labels, features.subjects)
+    return Section("What the model makes of reference images", sentence, plot(picture, "reference features"))
+
+
+def _facts(
+    folder: Path, measured: Measured, options: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What report.json holds; the stages' times are added at the very end."""
+    last = next(row for row in reversed(rows) if "train/flow" in row)
+    return {
+        "reference_sensitivity": measured.sensitivity.to_dict(),
+        "reference_features": {
+            "block": measured.features.block,
+            **{name: dataclasses.asdict(score) for name, score in measured.features.separability.items()},
+        },
+        "options": {name: value for name, value in options.items() if name != "output"},
+        "steps": last["step"],
+        "adapter_bytes": (folder / "training" / "adapter" / WEIGHTS_NAME).stat().st_size,
+        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+    }
+
+
+def _introduction(facts: dict[str, Any]) -> str:
+    return (
+        f"A tiny Wan video model that knew no reference images got an adapter of {facts['adapter_bytes'] / 1e6:.1f} "
+        f"MB, trained for {facts['steps']} steps on {facts['options']['train_clips']} drawn clips. The base model "
+        "stayed as it was; the teacher that helped in training is not needed for the videos below."
+    )
+
+
+def _footer() -> str:
+    return "Written by refalign demo with " + ", ".join(f"{name} {version(name)}" for name in LIBRARIES) + "."

@@ -1,0 +1,96 @@
+"""The passes of a step and their combination, against the paper's formula written out."""
+
+import pytest
+import torch
+
+import refalign_adapter as ra
+from refalign_adapter.pipelines.guidance import check_scales, combine, guidance_passes
+
+SCALES = [(7.5, 5.0), (7.5, 1.0), (1.0, 5.0), (1.0, 1.0), (5.0, 5.0), (2.0, 0.0), (1.0, 0.0), (3.0, 0.25)]
+
+
+def predictions(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        (text, references): torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+        for text in (0, 1)
+        for references in (0, 1)
+    }
+
+
+def guided(scales, references=True):
+    passes = guidance_passes(*scales, references=references)
+    known = predictions()
+    return combine([known[int(item.text), int(item.references)] for item in passes], passes), known
+
+
+@pytest.mark.parametrize("scales", [scales for scales in SCALES if scales[0] != 1])
+def test_it_is_the_papers_formula(scales):
+    text, image = scales
+    got, e = guided(scales)
+    expected = e[0, 0] + image * (e[0, 1] - e[0, 0]) + text * (e[1, 1] - e[0, 1])
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("image", [0.0, 1.0, 5.0])
+def test_with_text_guidance_off_references_guide_under_the_prompt(image):
+    got, e = guided((1.0, image))
+    torch.testing.assert_close(got, e[1, 0] + image * (e[1, 1] - e[1, 0]), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("text", [1.0, 7.5])
+def test_without_references_it_is_classifier_free_guidance(text):
+    got, e = guided((text, 5.0), references=False)
+    torch.testing.assert_close(got, e[0, 0] + text * (e[1, 0] - e[0, 0]), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("scales", "references", "count"),
+    [
+        ((7.5, 5.0), True, 3),
+        ((7.5, 1.0), True, 2),
+        ((1.0, 5.0), True, 2),
+        ((5.0, 5.0), True, 2),
+        ((1.0, 1.0), True, 1),
+        ((1.0, 0.0), True, 1),
+        ((7.5, 5.0), False, 2),
+        ((1.0, 5.0), False, 1),
+    ],
+)
+def test_the_number_of_passes(scales, references, count):
+    assert len(guidance_passes(*scales, references=references)) == count
+
+
+@pytest.mark.parametrize("references", [True, False])
+@pytest.mark.parametrize("scales", SCALES)
+def test_weights_add_up_to_one_and_names_differ(scales, references):
+    passes = guidance_passes(*scales, references=references)
+    assert sum(item.weight for item in passes) == pytest.approx(1)
+    assert len({item.name for item in passes}) == len(passes)
+
+
+def test_equal_predictions_give_exactly_themselves():
+    prediction = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    passes = guidance_passes(7.3, 4.7)
+    assert torch.equal(combine([prediction] * 3, passes), prediction)
+
+
+def test_half_precision_is_combined_in_float32():
+    known = [prediction.bfloat16() for prediction in predictions().values()][:3]
+    passes = guidance_passes(7.5, 5.0)
+    expected = sum(item.weight * prediction.double() for item, prediction in zip(passes, known, strict=True))
+    got = combine(known, passes)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scales", [(0.0, 5.0), (float("nan"), 5.0), (7.5, -1.0), (7.5, float("inf"))])
+def test_scales_that_mean_nothing_are_refused(scales):
+    with pytest.raises(ra.UserError, match="guidance_scale must be at least"):
+        check_scales(*scales)
+
+
+def test_both_scales_are_told_at_once():
+    with pytest.raises(ra.ConfigError) as caught:
+        check_scales(0.5, -1.0)
+    assert len(caught.value.problems) == 2

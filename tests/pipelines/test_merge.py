@@ -1,0 +1,62 @@
+"""Fused, unfused and merged, the LoRA makes the same videos; merged, nothing of PEFT is left."""
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny_adapter import SIZE, picture, velocity
+from tiny_models import tiny_transformer
+
+import refalign_adapter as ra
+
+
+def video(pipe):
+    generator = torch.Generator().manual_seed(0)
+    images = [picture(0), picture(1)]
+    return pipe("a cat", images, num_inference_steps=2, generator=generator, **SIZE).frames
+
+
+def tuners(transformer):
+    return [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def test_fuse_and_unfuse_as_in_diffusers(fresh_pipe):
+    expected, loaded = video(fresh_pipe), velocity(fresh_pipe.transformer)
+    fresh_pipe.fuse_lora()
+    assert all(layer.merged for layer in tuners(fresh_pipe.transformer))
+    np.testing.assert_allclose(video(fresh_pipe), expected, atol=1e-5)
+    fresh_pipe.unfuse_lora()
+    assert not any(layer.merged for layer in tuners(fresh_pipe.transformer))
+    torch.testing.assert_close(velocity(fresh_pipe.transformer), loaded, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(video(fresh_pipe), expected, atol=1e-5)
+    fresh_pipe.fuse_lora(lora_scale=0.5)
+    assert np.abs(video(fresh_pipe) - expected).max() > 1e-4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_merged_it_makes_the_same_video_without_peft(fresh_pipe, fused):
+    pipe, expected = fresh_pipe, video(fresh_pipe)
+    if fused:
+        pipe.fuse_lora()
+    assert ra.merge_and_unload(pipe) is pipe
+    assert tuners(pipe.transformer) == []
+    assert not hasattr(pipe.transformer, "peft_config")
+    assert "contain the LoRA, for good" in pipe.changes[0]
+    base = tiny_transformer()
+    assert [(name, type(module)) for name, module in pipe.transformer.named_modules()] == [
+        (name, type(module)) for name, module in base.named_modules()
+    ]
+    assert list(pipe.transformer.state_dict()) == list(base.state_dict())
+    np.testing.assert_allclose(video(pipe), expected, atol=1e-5)
+    ra.merge_and_unload(pipe)
+    merged = velocity(pipe.transformer)
+    pipe.unload()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.transformer.modules())
+    assert torch.equal(velocity(pipe.transformer), merged)
+    with pytest.raises(ra.UserError, match="no reference adapter is loaded"):
+        ra.merge_and_unload(pipe)
+
+
+def test_it_is_for_what_load_adapter_returns():
+    with pytest.raises(ra.UserError, match="expected what load_adapter returns, got WanTransformer3DModel"):
+        ra.merge_and_unload(tiny_transformer())
