@@ -10,7 +10,7 @@ import yaml
 
 from ..config import RefAlignConfig
 
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 UNKNOWN_BASE = "path/to/the/base"
 
 USAGE = """\
@@ -22,9 +22,10 @@ from refalign_adapter.data.video import write_video
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
-base = DiffusionPipeline.from_pretrained("{base}", torch_dtype=dtype).to(device)
+dtypes = {{"default": dtype, "vae": torch.float32}}
+base = DiffusionPipeline.from_pretrained("{base}", torch_dtype=dtypes)
 
-pipe = ra.load_adapter(base, "{adapter}")
+pipe = ra.load_adapter(base.to(device), "{adapter}")
 video = pipe(
     "a woman walks her dog along the beach",
     reference_images=["woman.png", "dog.png"],
@@ -66,7 +67,7 @@ Written out in `refalign_config.json`; the LoRA's own fields are in the metadata
 
 ## Limits
 
-- It fits one base only: {base_facts}. Loading it onto another is refused.
+- It fits bases of one shape only: {base_facts}. Others are refused.
 - diffusers loads the LoRA without refalign-adapter (`load_lora_weights`) and applies it in the same way, but takes no
   reference images then.
 - It changes the base: with the adapter loaded, videos without references differ from the base's.
@@ -109,18 +110,19 @@ def _front_matter(config: RefAlignConfig, base: str | None) -> str:
 
 
 def _table(config: RefAlignConfig) -> str:
-    modules = config.target_modules
+    modules, layers = config.target_modules, config.align_layers
     rows = {
         "attention": config.attention,
         "LoRA scope": config.lora_scope,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
-        "target modules": modules if isinstance(modules, str) else ", ".join(modules or ()),
-        "aligned blocks": config.align_layers,
+        "target modules": f"`{modules}`" if isinstance(modules, str) else ", ".join(modules or ("the family's own",)),
+        "aligned blocks": f"the first {layers}" if isinstance(layers, int) else ", ".join(map(str, layers)),
         "teachers": ", ".join(_teacher_name(name) for name in config.teachers) or "none",
         "text tokens": config.max_sequence_length,
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    cells = ((name, str(value).replace("|", "\\|")) for name, value in rows.items())
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
 
 def _teacher_name(name: str) -> str:

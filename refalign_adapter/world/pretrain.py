@@ -2,8 +2,8 @@
 
 Draws the world's training split, trains VAE, teacher, and text encoder with transformer, and writes `DIR/base` (a
 `WanPipeline` folder), `DIR/teacher` and `DIR/assets` (what ships in the package). A teacher or VAE whose folder exists
-already is taken from there, so an interrupted run goes on. On two busy cores the shipped parts took 34 minutes for
-the VAE, 20 for the teacher and 17 for the first 3,000 steps of text to video.
+already is taken from there, so an interrupted run goes on. On two busy cores the shipped parts took about 34 minutes
+for the VAE, 25 for the teacher, and 17 and 20 for the two stages of text to video.
 
 A new run gives weights like the shipped ones, not the same: threads change the rounding, and the VAE's first two
 stages saw an earlier world whose subjects moved faster.
@@ -33,7 +33,7 @@ TEACHER_STEPS, TEACHER_SUBJECTS = 1200, 2500
 VAE_STAGES = ((2600, 0.6), (1300, 0.0), (900, 0.0), (1800, 0.0))
 VAE_CLIPS = 1500
 # Steps, and drawn clips: one row a stage, each going on from the one before with other clips.
-TEXT_TO_VIDEO_STAGES = ((3000, 1500),)
+TEXT_TO_VIDEO_STAGES = ((3000, 1500), (2400, 3500))
 STILLS = 1500
 
 
@@ -62,7 +62,7 @@ def pretrain(output: str | Path, *, seed: int = 0, steps: int | None = None) -> 
     torch.manual_seed(seed)
     model = TextToVideo(CHANNELS)
     for stage, (count, clips) in enumerate(TEXT_TO_VIDEO_STAGES):
-        data = _latents(vae, seed + 77 * stage, clips, measure=stage == 0)
+        data = _latents(vae, seed + 77 * stage, clips)
         log(f"encoded {clips} clips")
         model = train_text_to_video(model, *data, steps=min(count, limit), seed=seed + stage, log=log)
         save_pipeline(root / "base", vae, model)
@@ -80,13 +80,12 @@ def _write_teacher(folder: Path, steps: int, seed: int, log: Callable[[str], Non
     write_json(folder / "preprocessor_config.json", PREPROCESSOR)
 
 
-def _latents(vae: AutoencoderKLWan, seed: int, clips: int, measure: bool) -> list[tuple[Tensor, list[str]]]:
-    """Normalised latents with captions, of clips and stills; `measure` sets the config's statistics first."""
+def _latents(vae: AutoencoderKLWan, seed: int, clips: int) -> list[tuple[Tensor, list[str]]]:
+    """Normalised latents with captions, of clips and stills. Sets the config's statistics from the clips first."""
     videos, stills, captions, still_captions = draw_world(seed, clips, SIZE, NUM_FRAMES)
     with single_frames_as_images():
         pairs = [(encode(vae, videos), captions), (encode(vae, stills[:STILLS, :, None]), still_captions[:STILLS])]
-    if measure:
-        set_latent_statistics(vae, pairs[0][0])
+    set_latent_statistics(vae, pairs[0][0])
     return [(normalise(vae, latents), texts) for latents, texts in pairs]
 
 

@@ -86,9 +86,10 @@ def treat_frames_as_images(vae: AutoencoderKLWan) -> None:
     for module in vae.modules():
         if isinstance(module, WanResample) and module.mode.endswith("3d"):
             same = torch.eye(module.dim)
-            weight, down = module.time_conv.weight, module.mode == "downsample3d"
+            time_conv: Any = module.time_conv
+            weight, down = time_conv.weight, module.mode == "downsample3d"
             weight.zero_()
-            module.time_conv.bias.zero_()
+            time_conv.bias.zero_()
             weight[:, :, 2, 0, 0] = 0.5 * same if down else torch.cat([same, same])
             if down:
                 weight[:, :, 1, 0, 0] = 0.5 * same

@@ -1,4 +1,4 @@
-"""`refalign generate` below its command line: one video, many, resumed, shared out; what is told before models load."""
+"""`refalign generate` below its command line: one video, many, resumed, shared out, and what is told beforehand."""
 
 import hashlib
 import json

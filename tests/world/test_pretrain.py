@@ -11,10 +11,10 @@ from refalign_adapter.world.pretrain_vae import CONFIG, single_frames_as_images,
 
 
 def test_the_script_writes_a_pipeline_a_teacher_and_their_packed_files(tmp_path, monkeypatch):
-    for name, value in (("TEACHER_SUBJECTS", 41), ("VAE_CLIPS", 3), ("STILLS", 4)):
+    for name, value in (("TEACHER_SUBJECTS", 41), ("VAE_CLIPS", 2), ("STILLS", 2)):
         monkeypatch.setattr(script, name, value)
     monkeypatch.setattr(script, "VAE_STAGES", ((1, 1.0), (1, 0.0)))
-    monkeypatch.setattr(script, "TEXT_TO_VIDEO_STAGES", ((1, 4), (1, 3)))
+    monkeypatch.setattr(script, "TEXT_TO_VIDEO_STAGES", ((1, 2), (1, 2)))
     monkeypatch.setattr(script, "retrieval_accuracy", lambda *_: (0.0, 0.0))
     monkeypatch.setattr(script, "psnr", lambda *_: 0.0)
     monkeypatch.setattr(script, "evaluation_videos", lambda *_: None)
