@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import sys
@@ -55,8 +56,8 @@ class DemoOptions:
 
     output: str | Path
     seed: int = 0
-    train_clips: int = 320
-    eval_clips: int = 96
+    train_clips: int = 256
+    eval_clips: int = 72
     steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -195,7 +196,9 @@ def train(options: DemoOptions) -> None:
     """Train under `accelerate launch`, from the last checkpoint if there is one."""
     folder = options.folder
     resume = ["resume_from_checkpoint=latest"] if any((folder / "training").glob("checkpoint-*")) else []
-    launcher = ["--config_file", folder / "cpu.yaml", "-m", "refalign_adapter.train"]
+    # Told how many threads to use and to be quiet, the launcher adds no text of its own.
+    options_of_launcher = ["--quiet", "--num_cpu_threads_per_process", os.cpu_count() or 1]
+    launcher = [*options_of_launcher, "--config_file", folder / "cpu.yaml", "-m", "refalign_adapter.train"]
     run_module("accelerate.commands.launch", *launcher, "--config", folder / "recipe.yaml", *resume)
 
 
