@@ -132,8 +132,8 @@ def generate(
     ] = 5.0,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; the GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU.")] = None,
-    offload: Annotated[str, typer.Option(help="none, model or sequential: less GPU memory, slower.")] = "none",
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; bf16 on a GPU, else fp32.")] = None,
+    offload: Annotated[str, typer.Option(help="none or model: less GPU memory, slower.")] = "none",
     revision: Annotated[str | None, typer.Option(help="The base's revision on the Hub.")] = None,
     adapter_revision: Annotated[str | None, typer.Option(help="The adapter's revision on the Hub.")] = None,
 ) -> None:

@@ -240,7 +240,7 @@ def test_recipes_are_listed_and_copied_once(run, fails, tmp_path):
     assert out.strip().endswith("mine.yaml")
     assert (tmp_path / "mine.yaml").is_file()
     assert "exists already" in fails("recipes", "copy", "demo/joint", "--output", tmp_path / "mine.yaml")[0]
-    assert "did you mean demo/joint" in fails("recipes", "copy", "demo/jiont")[0]
+    assert "choose one of demo/joint" in fails("recipes", "copy", "demo/jiont")[0]
 
 
 def test_doctor_names_what_is_there(run):

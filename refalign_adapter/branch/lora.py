@@ -66,7 +66,7 @@ def add_lora(transformer: Any, config: RefAlignConfig, adapter_name: str, seed: 
         restore_trainable(transformer, trainable)
         raise UserError(f"target_modules: {config.target_modules!r} do not fit this transformer ({error})") from None
     if others:
-        transformer.set_adapters([*others, adapter_name])
+        transformer.set_adapter([*others, adapter_name])
     own = {name for name, _ in lora_parameters(transformer, adapter_name)}
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_(name in own)
@@ -86,6 +86,6 @@ def remove_lora(transformer: Any, adapter_name: str) -> None:
     if set(getattr(transformer, "peft_config", ())) - {adapter_name}:
         transformer.delete_adapters(adapter_name)
         if others:
-            transformer.set_adapters(others)
+            transformer.set_adapter(others)
     else:
         transformer.unload_lora()
