@@ -112,7 +112,7 @@ def cut_out(
 
 def _not_white(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
     """Where the box is not white; everywhere in a box that is white all over."""
-    coloured = (np.asarray(image.convert("RGB").crop(box)) < NEARLY_WHITE).any(-1)
+    coloured = np.asarray(image.convert("RGB").crop(box)).min(-1) < NEARLY_WHITE
     return coloured if coloured.any() else np.ones_like(coloured)
 
 
