@@ -37,7 +37,7 @@ RECIPE_FOLDER = "demo_output"
 """What the packaged recipe's paths begin with."""
 STATE = "demo.json"
 NEEDED = {"matplotlib": "analysis", "scipy": "analysis", "sklearn": "analysis", "bitsandbytes": "train"}
-GENERATION = {"num-inference-steps": 25, "image-guidance-scale": 3.0, "guidance-scale": 3.0}
+GENERATION = {"num-inference-steps": 25, "image-guidance-scale": 5.0, "guidance-scale": 2.0}
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class DemoOptions:
 
     output: str | Path
     seed: int = 0
-    train_clips: int = 256
-    eval_clips: int = 72
+    train_clips: int = 320
+    eval_clips: int = 96
     steps: int | None = None
 
     def __post_init__(self) -> None:
