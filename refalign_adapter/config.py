@@ -14,8 +14,10 @@ from .files import read_json, write_json
 
 CONFIG_NAME = "refalign_config.json"
 DEFAULT_TEACHER = "facebook/dinov2-base"
-ATTENTIONS = {"joint": ("all",)}
+ATTENTIONS = {"joint": ("all",), "isolated": ("reference", "all")}
 """Attention -> the LoRA scopes it can have."""
+LAST_FRAME = 1000
+"""Rotary tables of video DiTs end a little later (Wan: 1,024 frames)."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,16 @@ class RefAlignConfig:
     """An adapter: how references reach the DiT, which weights are trained, what they are aligned to.
 
     Args:
-        attention: "joint": references ride in the video's own sequence (RefAlign, arXiv 2603.25743).
-        lora_scope: "all": the LoRA acts on video and reference tokens alike.
+        attention: "joint": references ride in the video's own sequence (RefAlign, arXiv 2603.25743). "isolated": each
+            reference runs alone, as a one-frame clip at timestep 0 without text, and video tokens read its keys and
+            values, which are computed once per video.
+        lora_scope: "all": the LoRA acts on video and reference tokens alike. "reference" (isolated only): on reference
+            tokens alone, so that the base stays itself.
+        reference_frame: temporal index of the first reference (isolated only); None: the one after the video's last
+            latent frame, as in the paper, so that keys and values depend on the video's length.
+        reference_scale: height and width of a reference's canvas as a share of the video's, in (0, 1] (isolated only);
+            0.5 leaves a quarter of the tokens.
+        drop_background: leave out reference tokens that show nothing but white padding (isolated only).
         r: LoRA rank, at least 1.
         lora_alpha: LoRA scale numerator; the update is multiplied by lora_alpha / r.
         lora_dropout: share of LoRA inputs dropped while training, in [0, 1).
@@ -42,6 +52,9 @@ class RefAlignConfig:
 
     attention: str = "joint"
     lora_scope: str = "all"
+    reference_frame: int | None = None
+    reference_scale: float = 1.0
+    drop_background: bool = False
     r: int = 64
     lora_alpha: float = 64
     lora_dropout: float = 0.0
@@ -70,7 +83,26 @@ class RefAlignConfig:
             return [
                 f"lora_scope must be one of {list(scopes)} with attention={self.attention!r}, got {self.lora_scope!r}"
             ]
-        return []
+        return self._reference_problems()
+
+    def _reference_problems(self) -> list[str]:
+        problems = []
+        frame, scale = self.reference_frame, self.reference_scale
+        if frame is not None and (not _is_int(frame) or not 0 <= frame < LAST_FRAME):
+            problems.append(f"reference_frame must be an integer in [0, {LAST_FRAME}) or null, got {frame!r}")
+        if not _is_number(scale) or not 0 < scale <= 1:
+            problems.append(f"reference_scale must be in (0, 1], got {scale!r}")
+        if not isinstance(self.drop_background, bool):
+            problems.append(f"drop_background must be true or false, got {self.drop_background!r}")
+        if self.attention == "joint":
+            changed = {"reference_frame": frame is not None, "reference_scale": scale != 1}
+            changed["drop_background"] = self.drop_background is True
+            problems += [
+                f"{name} needs attention='isolated', got {getattr(self, name)!r} with 'joint'"
+                for name, is_set in changed.items()
+                if is_set
+            ]
+        return problems
 
     def _lora_problems(self) -> list[str]:
         problems = []

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import RefAlignConfig
@@ -18,15 +19,19 @@ from ..errors import UserError
 from ..export.adapter import save_adapter
 from ..export.hub import push_adapter
 from ..families.base import Family, load_family
+from .attention import ReferenceAttention
+from .fingerprint import Fingerprint
+from .isolated import IsolatedAttention
 from .joint import JointAttention
 from .lora import add_lora, lora_parameters, remove_lora, restore_trainable
+from .lora_scope import LoraScope, check_switched_on, dead_layers
+from .reference_cache import ReferenceCache
 from .state import BranchState, prepare_references
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 ADAPTER_NAME = "refalign"
-_ATTENTIONS = {"joint": JointAttention}
 _MARK = "_refalign_branch"
 
 
@@ -49,21 +54,79 @@ class ReferenceBranch:
         self.align_blocks = config.align_blocks(len(family.blocks(transformer)))
         self._trainable_before: set[str] = set()
         self._state = BranchState()
-        self._hooks = _ATTENTIONS[config.attention](transformer, family, self._state, self.align_blocks)
+        self._fingerprint = Fingerprint(transformer, adapter_name, config)
+        self._hooks = self._build_hooks()
         setattr(transformer, _MARK, self)
 
-    def references(self, latents: Tensor | None, mask: Tensor | None = None) -> AbstractContextManager[None]:
+    def _build_hooks(self) -> ReferenceAttention:
+        scope = LoraScope(self.adapter_name, self.config.lora_scope == "reference")
+        common = (self.transformer, self.family, self._state, scope, self.align_blocks)
+        if self.config.attention == "isolated":
+            return IsolatedAttention(*common, reference_frame=self.config.reference_frame)
+        return JointAttention(*common)
+
+    def references(
+        self, latents: Tensor | ReferenceCache | None, mask: Tensor | None = None, tokens: Tensor | None = None
+    ) -> AbstractContextManager[None]:
         """Have references ride along with every call of the transformer inside the context.
 
+        With isolated attention each call runs the references first, with gradients where they are on; give what
+        `encode_references` returned to spare them that.
+
         Args:
-            latents: (B, C, M, h, w) normalised latents of M references, on the video's canvas with joint attention;
-                None or M = 0 runs without references.
+            latents: (B, C, M, h, w) normalised latents of M references, on the video's canvas with joint attention, on
+                a canvas of any size with isolated; or cached references; None or M = 0 runs without references.
             mask: (B, M) bool, True where a reference is real; None: all are.
+            tokens: (B, M, rows, columns) bool, True where a reference's token is kept (isolated); None: all are.
 
         Raises:
-            UserError: shapes that do not fit.
+            UserError: shapes that do not fit, references cached by another adapter, or an adapter that is switched
+                off; when it is entered, another thread that uses the transformer with references.
         """
-        return self._state.waiting(None if latents is None else prepare_references(latents, mask))
+        if latents is None:
+            return self._state.waiting(None)
+        check_switched_on(self.transformer, self.adapter_name)
+        if isinstance(latents, ReferenceCache):
+            return self._state.waiting(self._check_cache(latents))
+        return self._state.waiting(prepare_references(latents, mask, tokens))
+
+    @torch.no_grad()
+    def encode_references(
+        self, latents: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None, *, frames: int
+    ) -> ReferenceCache | None:
+        """Run references once, for any number of calls inside `references(cache)` (isolated attention).
+
+        Args:
+            latents, mask, tokens: as in `references`.
+            frames: latent frames of the videos.
+
+        Returns:
+            Keys and values on the transformer's device; None when no reference is real.
+
+        Raises:
+            UserError: shapes that do not fit, joint attention, or an adapter that is switched off.
+        """
+        check_switched_on(self.transformer, self.adapter_name)
+        references = prepare_references(latents, mask, tokens)
+        if references is None:
+            return None
+        with self._state.waiting(None):
+            cache = self._hooks.cache(references, frames // self._hooks.patch_size[0])
+        return dataclasses.replace(cache, adapter=self._fingerprint(), adapter_name=self.adapter_name)
+
+    def _check_cache(self, cache: ReferenceCache) -> ReferenceCache:
+        """Refuse keys and values that another adapter or base would read wrongly."""
+        blocks = len(self.family.blocks(self.transformer))
+        if self.config.attention != "isolated":
+            raise UserError("references: joint attention reads no cached references; give it latents")
+        if len(cache.keys) != blocks or cache.keys[0].shape[2:].numel() != self.family.hidden_size(self.transformer):
+            raise UserError("references: cached with another base; encode them again")
+        if cache.adapter != self._fingerprint():
+            raise UserError(
+                f"references: cached with adapter {cache.adapter_name!r} of other weights or another strength; encode "
+                f"them again with {self.adapter_name!r}"
+            )
+        return cache
 
     @property
     def capture(self) -> bool:
@@ -72,15 +135,23 @@ class ReferenceBranch:
 
     @capture.setter
     def capture(self, value: bool) -> None:
-        self._state.capture = bool(value)
+        if value != self._state.capture:
+            self._state.capture = bool(value)
+            self._hooks.set_capture(self._state.capture)
 
     @property
     def features(self) -> dict[int, Tensor]:
-        """Block index -> (B, M, N, dim) reference tokens after that block, from the latest call; zero where padded."""
+        """Block index -> (B, M, N, dim) reference tokens after that block, from the latest call; zero where padded.
+
+        With isolated attention they depend on neither video nor prompt; calls with cached references have none.
+        """
         latest = self._state.latest
         if latest is None or latest.references is None:
             return {}
-        return {index: latest.references.restore(tokens) for index, tokens in latest.features.items()}
+        references, features = latest.references, latest.features
+        if latest.writes:
+            features = {index: references.of_all(tokens) for index, tokens in features.items()}
+        return {index: references.restore(tokens) for index, tokens in features.items()}
 
     def clear(self) -> None:
         """Let go of the latest call's features, and with them of its graph."""
@@ -148,7 +219,10 @@ def attach(
     """
     found, config = fit_config(transformer, config or RefAlignConfig(), family)
     before = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    add_lora(transformer, config, adapter_name, seed)
+    excluded: list[str] = []
+    if config.lora_scope == "reference":
+        excluded = dead_layers(transformer, found, config.align_blocks(len(found.blocks(transformer))))
+    add_lora(transformer, config, adapter_name, seed, excluded)
     branch = ReferenceBranch(transformer, config, found, adapter_name)
     branch._trainable_before = before
     return branch

@@ -8,41 +8,47 @@ when it moves.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from .state import BranchState, Pass
+from .state import Pass
 
 ATTRIBUTE = "_gradient_checkpointing_func"
+Enter = Callable[[Any], AbstractContextManager[None]]
 
 
 class _Checkpointing:
     """diffusers' checkpointing function, with every block's pass kept for its second run."""
 
-    def __init__(self, original: Callable[..., Any], state: BranchState, current: Pass):
+    def __init__(self, original: Callable[..., Any], current: Pass, enter: Enter):
         self.original = original
-        self.state = state
         self.current = current
+        self.enter = enter
 
     def __call__(self, block: Callable[..., Any], *inputs: Any) -> Any:
         def run(*block_inputs: Any) -> Any:
-            with self.state.running(self.current):
+            with self.enter(block):
                 return block(*block_inputs)
 
         return self.original(run, *inputs)
 
 
-def wrap_checkpointing(transformer: Any, state: BranchState, current: Pass) -> None:
-    """Have checkpointed blocks of this forward see `current` again in backward; a no-op without checkpointing."""
+def wrap_checkpointing(transformer: Any, current: Pass, enter: Enter) -> None:
+    """Have checkpointed blocks of this forward run inside `enter(block)`, in backward too; a no-op without.
+
+    Args:
+        transformer: the DiT.
+        current: the pass that begins.
+        enter: a context in which a block runs as it does in that pass.
+    """
     if getattr(transformer, "gradient_checkpointing", False) and torch.is_grad_enabled():
-        original = getattr(transformer, ATTRIBUTE)
-        if not isinstance(original, _Checkpointing):
-            setattr(transformer, ATTRIBUTE, _Checkpointing(original, state, current))
+        setattr(transformer, ATTRIBUTE, _Checkpointing(getattr(transformer, ATTRIBUTE), current, enter))
 
 
-def unwrap_checkpointing(transformer: Any) -> None:
-    """Put the transformer's own checkpointing function back."""
+def unwrap_checkpointing(transformer: Any, current: Pass) -> None:
+    """Put back the checkpointing function that there was before this pass."""
     wrapped = getattr(transformer, ATTRIBUTE, None)
-    if isinstance(wrapped, _Checkpointing):
+    if isinstance(wrapped, _Checkpointing) and wrapped.current is current:
         setattr(transformer, ATTRIBUTE, wrapped.original)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,8 +35,17 @@ def lora_parameters(transformer: Any, adapter_name: str) -> Iterator[tuple[str, 
             yield name, parameter
 
 
-def add_lora(transformer: Any, config: RefAlignConfig, adapter_name: str, seed: int | None) -> None:
+def add_lora(
+    transformer: Any, config: RefAlignConfig, adapter_name: str, seed: int | None, excluded: Sequence[str] = ()
+) -> None:
     """Freeze the transformer and add a trainable LoRA in float32, keeping other adapters switched on.
+
+    Args:
+        transformer: the DiT.
+        config: of the LoRA.
+        adapter_name: its name in PEFT.
+        seed: of its initial weights; None draws from torch's global generator.
+        excluded: names of layers that get none, though `target_modules` match them.
 
     Raises:
         UserError: the name is taken, or `target_modules` match nothing.
@@ -55,6 +64,7 @@ def add_lora(transformer: Any, config: RefAlignConfig, adapter_name: str, seed: 
         target_modules=modules if isinstance(modules, str) else list(modules or ()),
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
+        exclude_modules=list(excluded) or None,
     )
     others = active_adapters(transformer)
     trainable = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}

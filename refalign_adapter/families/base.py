@@ -53,15 +53,40 @@ class Family(ABC):
 
     @abstractmethod
     def self_attention(self, block: Any) -> nn.Module:
-        """The block's self-attention; its forward has an `attention_mask` argument."""
+        """The block's self-attention; its forward has an `attention_mask` argument and calls its `processor`."""
 
     @abstractmethod
     def cross_attention(self, block: Any) -> nn.Module | None:
         """The block's attention to the text, or None."""
 
     @abstractmethod
+    def key_value_layers(self, block: Any) -> list[nn.Module]:
+        """The linear layers of the block's self-attention that make keys and values."""
+
+    @abstractmethod
+    def attention_inputs(self, attention: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as attended to, (B, tokens, heads, head_dim), from what a block hands to its
+        self-attention's processor."""
+
+    @abstractmethod
+    def attention_output(self, attention: Any, attended: Tensor) -> Tensor:
+        """What self-attention returns for the attended values (B, tokens, heads · head_dim)."""
+
+    @abstractmethod
+    def rotary_embedding(self, transformer: Any) -> nn.Module:
+        """The module that makes rotary embeddings of the latents it is called with."""
+
+    @abstractmethod
+    def rotary_at(self, transformer: Any, latents: Tensor, frames: Tensor) -> Any:
+        """What that module returns, for one-frame latents (R, C, 1, H, W) at temporal indices `frames` (R,)."""
+
+    @abstractmethod
     def hidden_size(self, transformer: Any) -> int:
         """Width of a token."""
+
+    @abstractmethod
+    def text_width(self, transformer: Any) -> int:
+        """Width of the prompt embeddings it takes."""
 
     @abstractmethod
     def patch_size(self, transformer: Any) -> tuple[int, int, int]:

@@ -60,6 +60,28 @@ class WanFamily(Family):
     def cross_attention(self, block: Any) -> nn.Module | None:
         return block.attn2
 
+    def key_value_layers(self, block: Any) -> list[nn.Module]:
+        return [block.attn1.to_k, block.attn1.to_v]
+
+    def attention_inputs(self, attention: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _self_attention_inputs(attention, *args, **kwargs)
+
+    def attention_output(self, attention: Any, attended: Tensor) -> Tensor:
+        linear, dropout = attention.to_out
+        return dropout(linear(attended))
+
+    def rotary_embedding(self, transformer: Any) -> nn.Module:
+        return transformer.rope
+
+    def rotary_at(self, transformer: Any, latents: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+        length = int(frames.max()) + 1  # it looks at the shape alone
+        longer = latents[:1].expand(-1, -1, length * transformer.config.patch_size[0], -1, -1)
+        cosine, sine = (part.unflatten(1, (length, -1))[0] for part in transformer.rope.forward(longer))
+        return cosine[frames], sine[frames]
+
+    def text_width(self, transformer: Any) -> int:
+        return transformer.config.text_dim
+
     def hidden_size(self, transformer: Any) -> int:
         return transformer.config.num_attention_heads * transformer.config.attention_head_dim
 
@@ -122,6 +144,35 @@ class WanFamily(Family):
     def flow_shift(self, scheduler: Any) -> float:
         config = scheduler.config
         return float(config.get("flow_shift") or config.get("shift") or 1.0)
+
+
+def _self_attention_inputs(
+    attention: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: None = None,
+    attention_mask: None = None,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if attention.fused_projections:
+        query, key, value = attention.to_qkv(hidden_states).chunk(3, -1)
+    else:
+        query, key, value = attention.to_q(hidden_states), attention.to_k(hidden_states), attention.to_v(hidden_states)
+    heads = attention.heads, -1
+    query = attention.norm_q(query).unflatten(2, heads)
+    key = attention.norm_k(key).unflatten(2, heads)
+    if rotary_emb is not None:
+        query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+    return query, key, value.unflatten(2, heads)
+
+
+def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn neighbouring channels of (B, tokens, heads, head_dim) by angles whose cosine and sine stand there twice."""
+    even, odd = states[..., 0::2], states[..., 1::2]
+    cosine, sine = cosine[..., 0::2], sine[..., 1::2]
+    turned = torch.empty_like(states)
+    turned[..., 0::2] = even * cosine - odd * sine
+    turned[..., 1::2] = even * sine + odd * cosine
+    return turned
 
 
 FAMILY = WanFamily()
