@@ -23,7 +23,7 @@ from .attention import ReferenceAttention
 from .fingerprint import Fingerprint
 from .isolated import IsolatedAttention
 from .joint import JointAttention
-from .lora import add_lora, lora_parameters, remove_lora, restore_trainable
+from .lora import active_adapters, add_lora, lora_parameters, remove_lora, restore_trainable
 from .lora_scope import LoraScope, check_switched_on, dead_layers
 from .reference_cache import ReferenceCache
 from .state import BranchState, prepare_references
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 ADAPTER_NAME = "refalign"
-_MARK = "_refalign_branch"
+_MARK = "_refalign_branches"
 
 
 class ReferenceBranch:
@@ -56,7 +56,7 @@ class ReferenceBranch:
         self._state = BranchState()
         self._fingerprint = Fingerprint(transformer, adapter_name, config)
         self._hooks = self._build_hooks()
-        setattr(transformer, _MARK, self)
+        transformer.__dict__.setdefault(_MARK, {})[adapter_name] = self
 
     def _build_hooks(self) -> ReferenceAttention:
         scope = LoraScope(self.adapter_name, self.config.lora_scope == "reference")
@@ -180,18 +180,43 @@ class ReferenceBranch:
 
     def detach(self) -> None:
         """Take hooks and LoRA off; the transformer is as it was before. A second call does nothing."""
-        if getattr(self.transformer, _MARK, None) is not self:
+        branches = branches_of(self.transformer)
+        if branches.get(self.adapter_name) is not self:
             return
         self._hooks.remove()
         self._state.latest = self._state.pending = None
-        delattr(self.transformer, _MARK)
+        del branches[self.adapter_name]
+        if not branches:
+            delattr(self.transformer, _MARK)
         remove_lora(self.transformer, self.adapter_name)
         restore_trainable(self.transformer, self._trainable_before)
 
 
+def branches_of(transformer: Any) -> dict[str, ReferenceBranch]:
+    """The branches on `transformer` by their adapters' names, oldest first."""
+    return getattr(transformer, _MARK, {})
+
+
 def branch_of(transformer: Any) -> ReferenceBranch | None:
-    """The branch on `transformer`, or None."""
-    return getattr(transformer, _MARK, None)
+    """The branch whose adapter is switched on, as `set_adapters` chooses; None without one.
+
+    Raises:
+        UserError: several are switched on.
+    """
+    branches = branches_of(transformer)
+    if getattr(transformer, "peft_config", None):
+        switched_on = [branches[name] for name in active_adapters(transformer) if name in branches]
+        merged = [branch for name, branch in branches.items() if name not in transformer.peft_config]
+        found = [*switched_on, *merged]
+    else:
+        found = list(branches.values())
+    if len(found) > 1:
+        names = [branch.adapter_name for branch in found]
+        raise UserError(
+            f"references: the reference adapters {names} are all switched on; choose one with set_adapters, such as "
+            f"set_adapters({names[0]!r})"
+        )
+    return found[0] if found else None
 
 
 def attach(
@@ -217,6 +242,8 @@ def attach(
     Raises:
         UserError: a model no family knows, one that has a branch already, or a config that does not fit it.
     """
+    if branches_of(transformer):
+        raise UserError("this transformer has a reference branch already; detach it first")
     found, config = fit_config(transformer, config or RefAlignConfig(), family)
     before = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
     excluded: list[str] = []
@@ -232,11 +259,9 @@ def fit_config(transformer: Any, config: RefAlignConfig, family: str | None = No
     """Find the family and fill in what it decides: `base` and `target_modules`.
 
     Raises:
-        UserError: a model no family knows, one that has a branch already, or a config that does not fit it.
+        UserError: a model no family knows, or a config that does not fit it.
     """
     found = load_family(transformer, family)
-    if branch_of(transformer) is not None:
-        raise UserError("this transformer has a reference branch already; detach it first")
     config.align_blocks(len(found.blocks(transformer)))
     base = found.describe(transformer)
     if config.base and config.base != base:

@@ -74,8 +74,7 @@ class KeyValueProcessor(_InFront):
             if self.ends:
                 return torch.zeros_like(args[0])
         elif self.keys is not None and self.values is not None:
-            key = torch.cat([key, self.keys.to(key)], 1)
-            value = torch.cat([value, self.values.to(value)], 1)
+            key, value = _append(key, self.keys), _append(value, self.values)
         attended = dispatch_attention_fn(query, key, value, attn_mask=self.mask, backend=self._attention_backend)
         return self.family.attention_output(attention, attended.flatten(2).type_as(query))
 
@@ -91,6 +90,11 @@ class SkippedProcessor(_InFront):
         if self.mode == WRITE:
             return torch.zeros_like(hidden_states)
         return self.original(attention, hidden_states, *args, **kwargs)
+
+
+def _append(tokens: Tensor, references: Tensor) -> Tensor:
+    """(B, tokens + T, heads, head_dim), each head's in one piece: the layout in which attention is fastest."""
+    return torch.cat([tokens.transpose(1, 2), references.to(tokens).transpose(1, 2)], 2).transpose(1, 2)
 
 
 def install(attention: Any, processor: _InFront) -> None:

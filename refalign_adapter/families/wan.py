@@ -166,9 +166,17 @@ def _self_attention_inputs(
 
 
 def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn neighbouring channels of (B, tokens, heads, head_dim) by angles whose cosine and sine stand there twice."""
-    even, odd = states[..., 0::2], states[..., 1::2]
+    """Turn neighbouring channels of (B, tokens, heads, head_dim) by angles whose cosine and sine stand there twice.
+
+    As a product of complex numbers it takes a sixth of the time on the CPU, with the same result; torch.compile fuses
+    the other form and cannot compile this one.
+    """
     cosine, sine = cosine[..., 0::2], sine[..., 1::2]
+    dtype = torch.promote_types(states.dtype, cosine.dtype)
+    if dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
+        pairs = torch.view_as_complex(states.to(dtype).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cosine, sine)).flatten(-2).type_as(states)
+    even, odd = states[..., 0::2], states[..., 1::2]
     turned = torch.empty_like(states)
     turned[..., 0::2] = even * cosine - odd * sine
     turned[..., 1::2] = even * sine + odd * cosine
