@@ -1,6 +1,6 @@
-"""Does an adapter use its references? Held-out flow loss with the right, another sample's and no references.
+"""Does an adapter use its references? Held-out flow loss with the right, another sample's, swapped and no references.
 
-The three differ in nothing else: the same clip, caption, noise and sigma. Alignment plays no part.
+They differ in nothing else: the same clip, caption, noise and sigma. Alignment plays no part.
 
 Shape letters: B batch, C latent channels, F latent frames, M references, H and W latent height and width.
 """
@@ -21,23 +21,27 @@ from ..errors import UserError
 from ..flow import flow_loss, interpolate, velocity_target
 
 SIGMAS = (0.25, 0.5, 0.75, 0.9)
+CONDITIONS = ("true", "shuffled", "swapped", "none")
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Held-out flow loss under three conditions, paired row by row.
+    """Held-out flow loss under four conditions, paired row by row.
 
     Attributes:
         true: mean loss with the row's own references.
         shuffled: mean loss with another row's references, as many of them.
+        swapped: mean loss with the row's own references in another order, each one place on; as `true` where a row has
+            one. Close to `true`, subjects are told apart by what they are and not by their place.
         none: mean loss without references.
         n: rows.
         p_value: of a paired one-sided t-test that `true` is less than `shuffled`.
-        rows: (n, 3) losses of each row, in the order above.
+        rows: (n, 4) losses of each row, in the order above.
     """
 
     true: float
     shuffled: float
+    swapped: float
     none: float
     n: int
     p_value: float
@@ -45,7 +49,7 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """The summary as JSON types, without the rows."""
-        return {name: getattr(self, name) for name in ("true", "shuffled", "none", "n", "p_value")}
+        return {name: getattr(self, name) for name in (*CONDITIONS, "n", "p_value")}
 
 
 @torch.no_grad()
@@ -87,8 +91,7 @@ def reference_sensitivity(
     if len(rows) < 2:
         raise UserError(f"samples: at least 2 rows of one shape and number of references are needed, got {len(rows)}")
     losses = torch.stack(rows).double()
-    true, shuffled, none = losses.mean(0).tolist()
-    return Sensitivity(true, shuffled, none, len(rows), paired_p_value(losses[:, 0], losses[:, 1]), losses)
+    return Sensitivity(*losses.mean(0).tolist(), len(rows), paired_p_value(losses[:, 0], losses[:, 1]), losses)
 
 
 def paired_p_value(smaller: Tensor, larger: Tensor) -> float:
@@ -119,16 +122,17 @@ def _batch_losses(
     sigmas: Sequence[float],
     seed: int,
 ) -> Tensor:
-    """(B, 3) losses: right, another row's, no references."""
+    """(B, 4) losses, in the order of `CONDITIONS`."""
     transformer: Any = branch.transformer
     device = next(transformer.parameters()).device
     batch = collate([samples[row] for row, _ in pairs]).to(device)
     other = collate([samples[row] for _, row in pairs]).to(device)
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row, _ in pairs]
-    losses = torch.zeros(len(pairs), 3)
+    conditions = (batch.references, other.references, batch.references.roll(1, 2), None)
+    losses = torch.zeros(len(pairs), len(conditions))
     for sigma in sigmas:
         noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=generator) for generator in generators])
-        for place, references in enumerate((batch.references, other.references, None)):
+        for place, references in enumerate(conditions):
             losses[:, place] += _losses(branch, batch, references, noise.to(device), sigma).cpu() / len(sigmas)
     return losses
 
