@@ -100,16 +100,12 @@ def dead_layers(transformer: Any, family: Family, align_blocks: tuple[int, ...])
     live: set[nn.Module] = set()
     for index, block in enumerate(blocks):
         if index == len(blocks) - 1 and index not in align_blocks:
-            live |= set(family.key_value_layers(block))
+            live |= {part for layer in family.key_value_layers(block) for part in layer.modules()}
             continue
         cross = family.cross_attention(block)
         live |= set(block.modules()) - set(cross.modules() if cross is not None else ())
     return [
-        name
+        name.removesuffix(".base_layer")  # of a layer that has another LoRA
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and module not in live and not _is_lora(name)
+        if isinstance(module, nn.Linear) and module not in live and ".lora_" not in name
     ]
-
-
-def _is_lora(name: str) -> bool:
-    return ".lora_" in name

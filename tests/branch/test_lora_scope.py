@@ -49,11 +49,12 @@ def test_peft_still_keeps_the_active_adapters_where_we_set_them(styled):
 
 
 def test_another_lora_keeps_its_effect_bit_for_bit_and_stays_out_of_the_references_pass(styled):
-    plain = tiny_transformer()
     references = draw(1, 16, 2, 8, 8, seed=3)
-    alone = adapt(plain).encode_references(references, frames=2)
+    only = adapt(tiny_transformer())
+    alone = only.encode_references(references, frames=2)
     expected = run(styled)
     branch = adapt(styled)
+    assert {name for name, _ in branch.named_parameters()} == {name for name, _ in only.named_parameters()}
     assert torch.equal(run(styled), expected)
     cache = branch.encode_references(references, frames=2)
     for key, other in zip(cache.keys + cache.values, alone.keys + alone.values, strict=True):
