@@ -1,5 +1,7 @@
 """Every DiT family through one case table. A new family adds its tiny pipeline here and nothing else."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import save_tiny_pipeline, tiny_pipeline
@@ -81,6 +83,74 @@ def test_references_and_lora_reach_the_declared_modules(case):
     described = family.describe(transformer)
     assert described["family"] == family.key
     assert ra.RefAlignConfig.from_dict(ra.RefAlignConfig(base=described).to_dict()).base == described
+
+
+def calls_of(module, run):
+    """(args, kwargs, output) of every call of `module` while `run` runs."""
+    calls = []
+    handle = module.register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    with torch.no_grad():
+        run()
+    handle.remove()
+    return calls
+
+
+def forward(family, transformer, latents):
+    text = torch.zeros(len(latents), 3, family.text_width(transformer), dtype=latents.dtype)
+    arguments = family.forward_arguments(latents, torch.full((len(latents),), 0.5), text)
+    return lambda: transformer(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_self_attention_taken_apart_and_put_together_is_the_processors_own(case, dtype):
+    family, pipe = case
+    transformer = pipe.transformer
+    latents = torch.randn(2, transformer.config.in_channels, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    attention = family.self_attention(family.blocks(transformer)[1])
+    run = forward(family, transformer, latents)
+    args, kwargs, output = calls_of(attention, run)[0]
+    attention = copy.deepcopy(attention).to(dtype)
+    args = [value.to(dtype) if torch.is_tensor(value) else value for value in args]
+    with torch.no_grad():
+        query, key, value = family.attention_inputs(attention, *args, **kwargs)
+        assert query.shape == key.shape == value.shape
+        assert query.shape[2] * query.shape[3] == family.hidden_size(transformer)
+        parts = (part.transpose(1, 2) for part in (query, key, value))
+        attended = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+        got, expected = family.attention_output(attention, attended), attention(*args, **kwargs)
+    assert got.dtype == expected.dtype == dtype
+    torch.testing.assert_close(got, expected, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=1e-2)
+
+
+def test_keys_and_values_come_from_the_declared_layers(case):
+    family, pipe = case
+    transformer = pipe.transformer
+    block = family.blocks(transformer)[0]
+    layers = family.key_value_layers(block)
+    attention = family.self_attention(block)
+    assert {id(layer) for layer in layers} < {id(module) for module in attention.modules()}
+    tokens = torch.randn(1, 6, family.hidden_size(transformer), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = family.attention_inputs(attention, tokens)
+        handles = [layer.register_forward_hook(lambda _, __, output: output * 0) for layer in layers]
+        after = family.attention_inputs(attention, tokens)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(before[0], after[0])
+    assert not any(part.any() for part in after[1:])
+
+
+def test_a_frame_at_its_place_has_the_rotary_embedding_it_has_in_a_longer_video(case):
+    family, pipe = case
+    transformer = pipe.transformer
+    rotary = family.rotary_embedding(transformer)
+    latents = torch.zeros(1, transformer.config.in_channels, 6, 8, 12)
+    whole = calls_of(rotary, forward(family, transformer, latents))[0][2]
+    frames = torch.tensor([5, 0, 3])
+    got = family.rotary_at(transformer, latents[:, :, :1].expand(3, -1, -1, -1, -1), frames)
+    for part, longer in zip(got, whole, strict=True):
+        expected = longer.unflatten(1, (6, -1))[0][frames]
+        assert torch.equal(part, expected)
 
 
 def test_it_loads_from_a_local_folder(case, tmp_path):
