@@ -1,7 +1,8 @@
 """What travels through training: one cached sample, one batch, the result of one step.
 
-Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, M references (padded to
-the batch's largest number), S text tokens, D text width, V augmented variants, h and w a teacher's grid, T its width.
+Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, H' and W' those of a
+reference's canvas, M references (padded to the batch's largest number), S text tokens, D text width, V augmented
+variants, h and w a teacher's grid, T its width.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ class CachedSample:
         key: the row's name, unique in its data set.
         latents: (C, F, H, W) normalised video latents.
         text: (S, D) prompt embedding; rows past the prompt's last token are zero.
-        references: (V, M, C, H, W) normalised reference latents, one latent frame each.
+        references: (V, M, C, H', W') normalised reference latents, one latent frame each.
         teacher: teacher id -> (V, M, h, w, T) features of the same reference images on the teacher's own grid.
         subjects: (M,) int64; equal numbers are views of one subject.
+        tokens: (V, M, rows, columns) bool, True for a reference's tokens that show anything but white padding; None:
+            all are kept.
     """
 
     key: str
@@ -33,6 +36,7 @@ class CachedSample:
     references: Tensor
     teacher: dict[str, Tensor]
     subjects: Tensor
+    tokens: Tensor | None = None
 
 
 @dataclass
@@ -43,10 +47,12 @@ class Batch:
         keys: B row names.
         latents: (B, C, F, H, W).
         text: (B, S, D).
-        references: (B, C, M, H, W); padding is zero.
+        references: (B, C, M, H', W'); padding is zero.
         mask: (B, M) bool, True where a reference is real; real ones come first.
         subjects: (B, M) int64; -1 where padded.
         teacher: teacher id -> (B, M, h, w, T); padding is zero.
+        tokens: (B, M, rows, columns) bool, True for the references' tokens that are kept, False where padded; None:
+            all are.
     """
 
     keys: list[str]
@@ -56,6 +62,7 @@ class Batch:
     mask: Tensor
     subjects: Tensor
     teacher: dict[str, Tensor]
+    tokens: Tensor | None = None
 
     def to(self, device: device | str, dtype: dtype | None = None) -> Batch:
         """Move all tensors to `device`; floating point ones also to `dtype` when it is given."""
@@ -68,6 +75,7 @@ class Batch:
             mask=move(self.mask),
             subjects=move(self.subjects),
             teacher={name: move(features) for name, features in self.teacher.items()},
+            tokens=None if self.tokens is None else move(self.tokens),
         )
 
 

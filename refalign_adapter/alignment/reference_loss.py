@@ -1,6 +1,7 @@
 """Reference alignment loss: reference tokens are pulled to their own teacher features and pushed off other subjects'.
 
-Shape letters: M references, N tokens per reference, C teacher channels; `...` leading dimensions (blocks, batch).
+Shape letters: M references, N tokens per reference, n those of them that count, C teacher channels; `...` leading
+dimensions (blocks, batch).
 Source: RefAlign (arXiv 2603.25743) and its released code.
 
 With all cosines at once the negative term needs an (M·N)² matrix, several times over once autograd has kept its share.
@@ -54,12 +55,14 @@ def reference_alignment_loss(
     negative_weight: float = 1.0,
     mask: Tensor | None = None,
     subjects: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> ReferenceAlignmentLoss:
     """Contrastive alignment of projected reference tokens to frozen teacher features.
 
     positive: mean over m, n of max(0, 1 − cos(student[m, n], teacher[m, n]) − positive_margin).
     negative: mean over ordered pairs m ≠ m' of different subjects and over n, n' of
     max(0, negative_margin − (1 − cos(student[m, n], teacher[m', n']))); 0 without such a pair.
+    Means over n and n' are taken within each reference or pair, so that with `tokens` every reference weighs the same.
     Both are averaged over all leading samples; one without references counts 0, so that one process and many agree.
 
     Args:
@@ -72,8 +75,10 @@ def reference_alignment_loss(
         mask: (..., M) bool, True for a real reference, broadcast like the teacher; None: all are real.
         subjects: (..., M) integers, broadcast like the teacher; equal numbers are views of one subject, which keep
             their positive term and are no negatives of each other; None: all differ.
+        tokens: (..., M, N) bool, True for a token that counts, broadcast like the teacher; others get no gradient, and
+            a reference without any is as one that the mask leaves out; None: all count.
 
-    Mask and subjects are read on the host: keep them on the CPU to spare a GPU the wait.
+    Mask, subjects and tokens are read on the host: keep them on the CPU to spare a GPU the wait.
 
     Returns:
         ReferenceAlignmentLoss of float32 scalars (float64 for a float64 student); `total` can be differentiated once.
@@ -83,17 +88,41 @@ def reference_alignment_loss(
             that is to be differentiated in turn.
     """
     terms = _Terms(positive_margin, negative_margin, negative_weight)
-    _check_types(student, teacher, mask, subjects)
+    _check_types(student, teacher, mask, subjects, tokens)
     teacher = _broadcast("teacher", teacher.detach(), student.shape, 3)
-    samples = _samples(student.shape[:-2], mask, subjects)
+    samples = _samples(student, mask, subjects, tokens)
     if torch.is_grad_enabled() and student.requires_grad:
         return ReferenceAlignmentLoss(*_TiledLoss.apply(student, teacher, samples, terms))
     with torch.no_grad():
         return ReferenceAlignmentLoss(*_evaluate(student, teacher, samples, terms, None))
 
 
-_Sample = dict[int, int]
-"""Index of a real reference -> its subject."""
+@dataclass(frozen=True)
+class _Reference:
+    """A real reference of a sample.
+
+    Attributes:
+        subject: equal numbers are views of one subject.
+        tokens: (n,) int64, which of its tokens count; None: all N.
+    """
+
+    subject: int
+    tokens: Tensor | None = None
+
+    def of(self, features: Tensor) -> Tensor:
+        """The rows of (N, C) features that count."""
+        return features if self.tokens is None else features.index_select(0, self.tokens)
+
+    def write(self, values: Tensor, features: Tensor) -> None:
+        """Put `values` (n, C) into the rows of (N, C) features that count."""
+        if self.tokens is None:
+            features.copy_(values)
+        else:
+            features.index_copy_(0, self.tokens, values.to(features.dtype))
+
+
+_Sample = dict[int, _Reference]
+"""A sample's real references by their index."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +139,15 @@ class _Terms:
             raise UserError(f"negative_weight must be at least 0 and finite, got {self.negative_weight}")
 
 
-def _check_types(student: Tensor, teacher: Tensor, mask: Tensor | None, subjects: Tensor | None) -> None:
+def _check_types(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, subjects: Tensor | None, tokens: Tensor | None
+) -> None:
     for name, features in (("student", student), ("teacher", teacher)):
         if not features.is_floating_point():
             raise UserError(f"{name} must be of a floating point type, got {features.dtype}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise UserError(f"mask must be of type torch.bool, got {mask.dtype}")
+    for name, shown in (("mask", mask), ("tokens", tokens)):
+        if shown is not None and shown.dtype != torch.bool:
+            raise UserError(f"{name} must be of type torch.bool, got {shown.dtype}")
     if subjects is not None and (subjects.is_floating_point() or subjects.is_complex()):
         raise UserError(f"subjects must be integers, got {subjects.dtype}")
     if student.ndim < 3:
@@ -134,14 +166,28 @@ def _broadcast(name: str, values: Tensor, shape: torch.Size, own: int) -> Tensor
     return values.expand(shape)
 
 
-def _samples(shape: torch.Size, mask: Tensor | None, subjects: Tensor | None) -> list[_Sample]:
-    """One entry per leading sample, row-major, for references of `shape` (..., M)."""
-    mask = torch.ones(shape[-1], dtype=torch.bool) if mask is None else mask
-    subjects = torch.arange(shape[-1]) if subjects is None else subjects
+def _samples(student: Tensor, mask: Tensor | None, subjects: Tensor | None, tokens: Tensor | None) -> list[_Sample]:
+    """One entry per leading sample of the student (..., M, N, C), row-major."""
+    shape, count = student.shape[:-2], student.shape[-3]
+    mask = torch.ones(count, dtype=torch.bool) if mask is None else mask
+    subjects = torch.arange(count) if subjects is None else subjects
     mask, subjects = _broadcast("mask", mask, shape, 1), _broadcast("subjects", subjects, shape, 1)
-    flat = math.prod(shape[:-1]), shape[-1]
-    rows = zip(mask.reshape(flat).tolist(), subjects.reshape(flat).tolist(), strict=True)
-    return [{m: row[m] for m, real in enumerate(reals) if real} for reals, row in rows]
+    counting: list[Tensor | None] = [None] * math.prod(shape)
+    if tokens is not None:
+        tokens = _broadcast("tokens", tokens, student.shape[:-1], 2).cpu()
+        mask, counting = mask.cpu() & tokens.any(-1), _counting(tokens, student.device)
+    real = mask.reshape(-1).tolist()
+    references = list(map(_Reference, subjects.reshape(-1).tolist(), counting))
+    starts = [sample * count for sample in range(math.prod(shape[:-1]))]
+    return [{m: references[start + m] for m in range(count) if real[start + m]} for start in starts]
+
+
+def _counting(tokens: Tensor, device: torch.device) -> list[Tensor | None]:
+    """Indices on `device` of the tokens (..., M, N) that count, reference by reference; None where all N do."""
+    rows = tokens.flatten(0, -2)
+    numbers = rows.sum(-1).tolist()
+    indices = rows.nonzero()[:, 1].to(device).split(numbers)
+    return [None if number == rows.shape[1] else own for number, own in zip(numbers, indices, strict=True)]
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -162,7 +208,7 @@ class _TiledLoss(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise UserError("reference_alignment_loss can be differentiated once only, got create_graph=True")
         (gradient,) = ctx.saved_tensors
-        # Stored without the mean over samples and tokens, under which float16 would lose it.
+        # Stored without the mean over samples and N tokens, under which float16 would lose it.
         means = max(1, math.prod(gradient.shape[:-3])) * gradient.shape[-2]
         return gradient * (total / means), None, None, None
 
@@ -186,47 +232,56 @@ def _evaluate_sample(
 ) -> Tensor:
     """(3,) positive term, negative term and sum of cosines of one sample, whose features are (M, N, C)."""
     dtype, tokens = torch.promote_types(student.dtype, torch.float32), student.shape[1]
-    targets = {m: _Target(teacher[m].to(dtype)) for m in sample}
-    pairs = max(1, sum(a != b for a in sample.values() for b in sample.values()))
+    targets = {m: _Target(reference.of(teacher[m]).to(dtype), tokens) for m, reference in sample.items()}
+    subjects = {m: reference.subject for m, reference in sample.items()}
+    pairs = max(1, sum(a != b for a in subjects.values() for b in subjects.values()))
     sums = student.new_zeros(3, dtype=dtype)
-    for m, subject in sample.items():
-        unit, norm = _normalize(student[m].to(dtype))
-        others = [targets[other] for other in sample if sample[other] != subject]
+    for m, reference in sample.items():
+        unit, norm = _normalize(reference.of(student[m]).to(dtype))
+        own = unit.shape[0]
+        others = [targets[other] for other in sample if subjects[other] != subjects[m]]
         cosine = (unit * targets[m].unit).sum(-1)
         hinge = (1 - terms.positive_margin - cosine).relu_()
         slope = None if gradient is None else torch.zeros_like(unit)
         repelled = _repel(unit, others, terms.negative_margin, slope if terms.negative_weight else None)
-        sums += torch.stack([hinge.mean() / len(sample), repelled / (pairs * tokens**2), cosine.mean()])
+        sums += torch.stack([hinge.mean() / len(sample), repelled / (pairs * own * tokens), cosine.mean()])
         if gradient is not None and slope is not None:
-            slope *= terms.negative_weight / (pairs * tokens)
-            slope -= targets[m].unit * (hinge.sign_() / len(sample)).unsqueeze(-1)
-            gradient[m] = _through_normalize(slope, unit, norm)
+            slope *= terms.negative_weight / (pairs * own)
+            slope -= targets[m].unit * (hinge.sign_() / (len(sample) * own / tokens)).unsqueeze(-1)
+            reference.write(_through_normalize(slope, unit, norm), gradient[m])
     return sums
 
 
 def _repel(unit: Tensor, others: list[_Target], margin: float, slope: Tensor | None) -> Tensor:
-    """Sum of the negative hinge between unit tokens (N, C) and all `others`; adds its gradient to `slope`."""
+    """Sum of the negative hinge between unit tokens (n, C) and all `others`, each by its weight.
+
+    Adds its gradient to `slope`.
+    """
     total = unit.new_zeros(())
     tile = TILE_ELEMENTS.get(unit.device.type, TILE_ELEMENTS["other"])
-    rows = math.ceil(unit.shape[0] / math.ceil(unit.shape[0] ** 2 / tile))
+    largest = max((other.unit.shape[0] for other in others), default=1)
+    rows = math.ceil(unit.shape[0] / math.ceil(unit.shape[0] * largest / tile))
     for start in range(0, unit.shape[0], rows):
         for other in others:
             hinge = other.cosines(unit[start : start + rows]).sub_(1 - margin).relu_()
-            total += hinge.sum()
+            total.add_(hinge.sum(), alpha=other.weight)
             if slope is not None:
-                slope[start : start + rows] += other.sums(hinge.sign_())
+                slope[start : start + rows].add_(other.sums(hinge.sign_()), alpha=other.weight)
     return total
 
 
 class _Target:
-    """Teacher features (N, C) of one reference at unit length, and the two matrix products of a tile.
+    """Teacher features (n, C) of one reference at unit length, and the two matrix products of a tile.
 
-    On the CPU in float32 these go through oneDNN's layout, which torch.compile cannot trace: where oneDNN knows the
-    processor better than MKL does (AMD with AVX-512), they take half the time.
+    `weight`, N / n, makes a sum over its tokens count as much as that of a reference with all N.
+
+    On the CPU in float32 the products go through oneDNN's layout, which torch.compile cannot trace: where oneDNN knows
+    the processor better than MKL does (AMD with AVX-512), they take half the time.
     """
 
-    def __init__(self, features: Tensor):
+    def __init__(self, features: Tensor, tokens: int):
         self.unit = _normalize(features)[0]
+        self.weight = tokens / features.shape[0]
         self.onednn = (
             features.device.type == "cpu"
             and features.dtype == torch.float32

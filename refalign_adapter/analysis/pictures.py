@@ -108,12 +108,13 @@ def features_picture(points: dict[str, np.ndarray], subjects: np.ndarray, names:
 
 @rc_context(STYLE)
 def sensitivity_picture(sensitivity: Sensitivity) -> bytes:
-    """How much the loss rises with wrong and with no references, with 95 % confidence intervals; then row by row."""
+    """How much the loss rises with wrong, swapped or no references, with 95 % intervals; then row by row."""
     figure, (left, right) = _figure(2)
     losses = sensitivity.rows.numpy()
     extra = losses[:, 1:] - losses[:, :1]
     spread = 1.96 * extra.std(0, ddof=1) / np.sqrt(len(extra))
-    bars = left.bar(["another clip's", "none"], extra.mean(0), yerr=spread, capsize=4, color=SERIES[1:3], width=0.55)
+    names = ["another clip's", "in another order", "none"]
+    bars = left.bar(names, extra.mean(0), yerr=spread, capsize=4, color=SERIES[1:4], width=0.55)
     left.bar_label(bars, fmt="%+.4f", padding=3)
     left.axhline(0, color=INK, linewidth=0.8)
     left.margins(y=0.2)

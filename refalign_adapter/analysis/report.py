@@ -75,7 +75,8 @@ def sensitivity_answer(result: Sensitivity) -> str:
     verdict = "Yes: the adapter uses its references" if used else "No: the adapter does not use its references"
     numbers = (
         f"Flow loss {result.true:.4f} with the right references, {result.shuffled:.4f} with another clip's, "
-        f"{result.none:.4f} with none; {result.n} held-out clips, p = {result.p_value:.1g}."
+        f"{result.swapped:.4f} with its own in another order, {result.none:.4f} with none; "
+        f"{result.n} held-out clips, p = {result.p_value:.1g}."
     )
     return f'<p class="answer {"yes" if used else "no"}">{verdict}.</p>\n<p>{numbers}</p>'
 

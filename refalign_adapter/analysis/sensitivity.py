@@ -7,6 +7,7 @@ Shape letters: B batch, C latent channels, F latent frames, M references, H and 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,22 +129,28 @@ def _batch_losses(
     batch = collate([samples[row] for row, _ in pairs]).to(device)
     other = collate([samples[row] for _, row in pairs]).to(device)
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row, _ in pairs]
-    conditions = (batch.references, other.references, batch.references.roll(1, 2), None)
+    swapped = dataclasses.replace(
+        batch,
+        references=batch.references.roll(1, 2),
+        tokens=None if batch.tokens is None else batch.tokens.roll(1, 1),
+    )
+    conditions = (batch, other, swapped, None)
     losses = torch.zeros(len(pairs), len(conditions))
     for sigma in sigmas:
         noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=generator) for generator in generators])
-        for place, references in enumerate(conditions):
-            losses[:, place] += _losses(branch, batch, references, noise.to(device), sigma).cpu() / len(sigmas)
+        for place, source in enumerate(conditions):
+            losses[:, place] += _losses(branch, batch, source, noise.to(device), sigma).cpu() / len(sigmas)
     return losses
 
 
-def _losses(branch: ReferenceBranch, batch: Batch, references: Tensor | None, noise: Tensor, sigma: float) -> Tensor:
-    """(B,) flow losses."""
+def _losses(branch: ReferenceBranch, batch: Batch, source: Batch | None, noise: Tensor, sigma: float) -> Tensor:
+    """(B,) flow losses of `batch` with the references of `source`."""
     transformer: Any = branch.transformer
     latents = batch.latents.float()
     sigmas = torch.full((len(latents),), sigma, device=latents.device)
     noisy = interpolate(latents, noise, sigmas).to(transformer.dtype)
     arguments = branch.family.forward_arguments(noisy, sigmas, batch.text.to(transformer.dtype))
-    with branch.references(None if references is None else references.to(transformer.dtype)):
+    references = (None, None, None) if source is None else (source.references, source.mask, source.tokens)
+    with branch.references(*references):
         prediction = transformer(**arguments)[0]
     return flow_loss(prediction, velocity_target(latents, noise))

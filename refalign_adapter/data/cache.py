@@ -156,7 +156,8 @@ def _encode_all(
 
 
 def _prepare(work: list[tuple[str, Row]], encoder: RowEncoder) -> Iterator[PreparedRow]:
-    preparer = RowPreparer([row for _, row in work], encoder.options, encoder.facts, encoder.store)
+    size = encoder.encoders.canvas_size(encoder.options)
+    preparer = RowPreparer([row for _, row in work], encoder.options, encoder.facts, encoder.store, size)
     yield from DataLoader(preparer, batch_size=None, num_workers=encoder.options.num_workers, collate_fn=_as_it_is)
 
 

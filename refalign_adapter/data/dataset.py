@@ -114,6 +114,7 @@ class CachedDataset(Dataset[CachedSample]):
             references=self.store.read("references", parts.references),
             teacher={name: self.store.read("teacher", parts.teachers[name]) for name in self.teachers},
             subjects=torch.tensor(entry.subjects, dtype=torch.int64),
+            tokens=self.store.read("tokens", parts.tokens) if parts.tokens else None,
         )
 
 
@@ -150,6 +151,7 @@ def collate(samples: Sequence[CachedSample], *, variants: Sequence[int] | None =
         return torch.stack([_padded(tensor, most) for tensor in chosen])
 
     counts = torch.tensor([len(sample.subjects) for sample in samples])
+    tokens = [sample.tokens for sample in samples if sample.tokens is not None]
     return Batch(
         keys=[sample.key for sample in samples],
         latents=torch.stack([sample.latents for sample in samples]),
@@ -158,6 +160,7 @@ def collate(samples: Sequence[CachedSample], *, variants: Sequence[int] | None =
         mask=torch.arange(most) < counts[:, None],
         subjects=torch.stack([_padded(sample.subjects, most, -1) for sample in samples]),
         teacher={name: stack([sample.teacher[name] for sample in samples]) for name in samples[0].teacher},
+        tokens=stack(tokens) if tokens else None,
     )
 
 

@@ -3,8 +3,8 @@
 Each part is named by a hash of the bytes and settings that decide it, so parts are shared by the rows they are equal
 for, and a changed file, caption, model or setting makes exactly the parts it concerns anew.
 
-Shape letters: B videos, F frames, H and W height and width in pixels, M references, S text tokens, D text width,
-V augmented variants, h and w a teacher's grid, T a teacher's width.
+Shape letters: B videos, F frames, H and W height and width in pixels, H' and W' those of a reference's canvas,
+M references, S text tokens, D text width, V augmented variants, h and w a teacher's grid, T a teacher's width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .index import FORMAT, IndexEntry, RowParts
 from .manifest import Row
 from .options import DTYPES, CacheOptions
 from .parts import PartStore, file_digest, hash_of
-from .references import AUGMENTATION, prepare_reference
+from .references import AUGMENTATION, content_tokens, prepare_reference
 from .video import read_image, read_mask, read_video
 
 
@@ -39,6 +39,7 @@ class Facts:
         video, references, text: of these parts.
         teachers: teacher id -> of its features.
         augmentation: of the references of regular pairs; None where they are not augmented.
+        tokens: of the references' tokens that are kept; None where all are.
     """
 
     video: dict[str, Any]
@@ -46,6 +47,7 @@ class Facts:
     text: dict[str, Any]
     teachers: dict[str, dict[str, Any]]
     augmentation: dict[str, Any] | None
+    tokens: dict[str, Any] | None = None
 
 
 @dataclass
@@ -55,7 +57,7 @@ class PreparedRow:
     Attributes:
         parts: the row's parts; None when the row cannot be read.
         frames: uint8 (F, H, W, 3); None when the latents are in the cache.
-        canvases: uint8 (V, M, H, W, 3); None when all that is made of them is in the cache.
+        canvases: uint8 (V, M, H', W', 3); None when all that is made of them is in the cache.
         problem: why the row cannot be read.
     """
 
@@ -69,8 +71,10 @@ def facts_of(options: CacheOptions, encoders: Encoders) -> Facts:
     """The facts for these options and encoders."""
     size = {"height": options.height, "width": options.width}
     stored = {"format": FORMAT, "dtype": options.dtype}
-    canvas = {**size, "keep_background": options.keep_background}
-    grid = list(encoders.token_grid(options)) if options.teacher_grid == "match" else None
+    height, width = encoders.canvas_size(options)
+    canvas = {"height": height, "width": width, "keep_background": options.keep_background}
+    tokens = list(encoders.token_grid(options))
+    grid = tokens if options.teacher_grid == "match" else None
     augmentation = {
         "variants": options.reference_variants,
         "seed": options.seed,
@@ -85,6 +89,7 @@ def facts_of(options: CacheOptions, encoders: Encoders) -> Facts:
             for name, teacher in encoders.teachers.items()
         },
         augmentation=augmentation if options.augment_references else None,
+        tokens={"format": FORMAT, **canvas, "grid": tokens} if options.drop_background else None,
     )
 
 
@@ -108,6 +113,7 @@ def parts_of(row: Row, facts: Facts) -> RowParts:
         references=hash_of([references, facts.references]),
         text=text_key(row.caption, facts),
         teachers={name: hash_of([references, fact]) for name, fact in facts.teachers.items()},
+        tokens=hash_of([references, facts.tokens]) if facts.tokens else None,
     )
 
 
@@ -123,10 +129,14 @@ class RowPreparer(Dataset[PreparedRow]):
         rows: what to read.
         options, facts: how.
         store: where finished parts are; what is there is not decoded again.
+        canvas_size: height and width of a reference's canvas in pixels.
     """
 
-    def __init__(self, rows: list[Row], options: CacheOptions, facts: Facts, store: PartStore):
+    def __init__(
+        self, rows: list[Row], options: CacheOptions, facts: Facts, store: PartStore, canvas_size: tuple[int, int]
+    ):
         self.rows, self.options, self.facts, self.store = rows, options, facts, store
+        self.canvas_size = canvas_size
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -139,17 +149,22 @@ class RowPreparer(Dataset[PreparedRow]):
             if self.store.shape("video", parts.video) is None:
                 size = {"height": options.height, "width": options.width}
                 prepared.frames = read_video(row.clip, num_frames=options.num_frames, fps=options.fps, **size)
-            drawn = [(part, key) for part, key in parts.files() if part in ("references", "teacher")]
+            drawn = [(part, key) for part, key in parts.files() if part in ("references", "teacher", "tokens")]
             if any(self.store.shape(part, key) is None for part, key in drawn):
-                prepared.canvases = draw_canvases(row, options)
+                prepared.canvases = draw_canvases(row, options, self.canvas_size)
             prepared.parts = parts
         except UserError as error:
             prepared.problem = str(error)
         return prepared
 
 
-def draw_canvases(row: Row, options: CacheOptions) -> np.ndarray:
-    """The row's references as the encoders see them, uint8 (V, M, H, W, 3); V is 1 where nothing is augmented.
+def draw_canvases(row: Row, options: CacheOptions, size: tuple[int, int]) -> np.ndarray:
+    """The row's references as the encoders see them, uint8 (V, M, H', W', 3); V is 1 where nothing is augmented.
+
+    Args:
+        row: whose references.
+        options: how.
+        size: H' and W'.
 
     Raises:
         UserError: an image or mask that cannot be read or does not fit.
@@ -166,8 +181,8 @@ def draw_canvases(row: Row, options: CacheOptions) -> np.ndarray:
             try:
                 canvas = prepare_reference(
                     image,
-                    height=options.height,
-                    width=options.width,
+                    height=size[0],
+                    width=size[1],
                     mask=mask,
                     box=reference.box,
                     keep_background=options.keep_background,
@@ -204,6 +219,8 @@ class RowEncoder:
         self.encode_text(row.caption)
         for name, key in parts.teachers.items():
             self._part("teacher", key, partial(self._features, name, prepared.canvases))
+        if parts.tokens:
+            self._part("tokens", parts.tokens, lambda: self._tokens(prepared.canvases))
         return IndexEntry(
             key=hash_of([parts.video, parts.references, parts.text, row.subjects]),
             file_name=row.file_name,
@@ -225,7 +242,9 @@ class RowEncoder:
         shape = self.store.shape(part, key)
         (self.made if shape is None else self.reused)[part] += 1
         if shape is None:
-            tensor = make().to(DTYPES[self.options.dtype])
+            tensor = make()
+            if tensor.is_floating_point():
+                tensor = tensor.to(DTYPES[self.options.dtype])
             self.store.write(part, key, tensor)
             shape = tuple(tensor.shape)
         return shape
@@ -244,6 +263,12 @@ class RowEncoder:
         grid = self.encoders.token_grid(self.options) if self.options.teacher_grid == "match" else None
         return torch.stack([self.encoders.teachers[name].encode(variant, grid) for variant in _images(canvases)])
 
+    def _tokens(self, canvases: np.ndarray | None) -> Tensor:
+        assert canvases is not None
+        grid = self.encoders.token_grid(self.options)
+        tokens = [[content_tokens(canvas, *grid) for canvas in variant] for variant in canvases]
+        return torch.from_numpy(np.array(tokens))
+
     def _embedding(self, caption: str) -> Tensor:
         length = self.options.max_sequence_length
         text = self.encoders.family.encode_text(self.encoders.pipe, [caption], length)[0]
@@ -252,6 +277,6 @@ class RowEncoder:
 
 
 def _images(canvases: np.ndarray | None) -> Tensor:
-    """uint8 (V, M, H, W, 3) to float (V, M, 3, H, W) in [0, 1]."""
+    """uint8 (V, M, H', W', 3) to float (V, M, 3, H', W') in [0, 1]."""
     assert canvases is not None
     return torch.from_numpy(canvases).movedim(-1, 2) / 255

@@ -17,6 +17,7 @@ from ..errors import ConfigError, UserError
 from ..families.base import Family, load_family
 from ..teachers.base import Teacher, load_teacher
 from .options import DTYPES, CacheOptions, model_id
+from .references import reference_size
 
 PIPELINE_CONFIG = "model_index.json"
 
@@ -41,10 +42,16 @@ class Encoders:
     vae: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] = field(default_factory=dict)
 
+    def canvas_size(self, options: CacheOptions) -> tuple[int, int]:
+        """Height and width of a reference's canvas in pixels."""
+        _, rows, columns = self.family.size_multiples(self.pipe, self.patch_size)
+        return reference_size(options.height, options.width, options.reference_scale, (rows, columns))
+
     def token_grid(self, options: CacheOptions) -> tuple[int, int]:
         """Rows and columns of tokens that the base's transformer makes of a reference."""
         _, rows, columns = self.family.size_multiples(self.pipe, self.patch_size)
-        return options.height // rows, options.width // columns
+        height, width = self.canvas_size(options)
+        return height // rows, width // columns
 
     def check_sizes(self, options: CacheOptions) -> None:
         """Refuse sizes that the base cannot cut into tokens.

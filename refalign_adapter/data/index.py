@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import atomic_file, read_json
+from .options import ADDED
 
 META_NAME = "meta.json"
 FORMAT = 1
@@ -24,17 +25,19 @@ REMEDY = "run `refalign cache --config …`"
 
 @dataclass(frozen=True)
 class RowParts:
-    """Keys of a row's parts (see `PartStore`); `teachers` by teacher id."""
+    """Keys of a row's parts (see `PartStore`); `teachers` by teacher id, `tokens` None where all are kept."""
 
     video: str
     references: str
     text: str
     teachers: dict[str, str]
+    tokens: str | None = None
 
     def files(self) -> list[tuple[str, str]]:
         """(part, key) of every file."""
         parts = [("video", self.video), ("references", self.references), ("text", self.text)]
-        return parts + [("teacher", key) for key in self.teachers.values()]
+        parts += [("teacher", key) for key in self.teachers.values()]
+        return parts + ([("tokens", self.tokens)] if self.tokens else [])
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def index_path(cache_dir: str | Path, split: str) -> Path:
 def write_index(cache_dir: str | Path, split: str, entries: Iterable[IndexEntry]) -> None:
     """Write a split's index, atomically."""
     with atomic_file(index_path(cache_dir, split)) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
+        file.writelines(json.dumps(_values(entry)) + "\n" for entry in entries)
 
 
 def read_index(cache_dir: str | Path, split: str) -> list[IndexEntry]:
@@ -86,6 +89,13 @@ def read_index(cache_dir: str | Path, split: str) -> list[IndexEntry]:
         raise UserError(f"cache_dir: {str(path)!r} is damaged ({error}); {REMEDY}") from None
 
 
+def _values(entry: IndexEntry) -> dict[str, Any]:
+    values = asdict(entry)
+    if entry.parts.tokens is None:
+        del values["parts"]["tokens"]  # as it was before there were any
+    return values
+
+
 def _entry(values: dict[str, Any]) -> IndexEntry:
     values["parts"] = RowParts(**values["parts"])
     values["shape"], values["subjects"] = tuple(values["shape"]), tuple(values["subjects"])
@@ -93,7 +103,7 @@ def _entry(values: dict[str, Any]) -> IndexEntry:
 
 
 def read_meta(cache_dir: str | Path) -> dict[str, Any]:
-    """Read `meta.json`.
+    """Read `meta.json`; options that it does not mention because they came later are those it was made with.
 
     Raises:
         UserError: there is no cache, or it is damaged.
@@ -106,4 +116,4 @@ def read_meta(cache_dir: str | Path) -> dict[str, Any]:
         raise UserError(f"cache_dir: {str(path)!r} is damaged; {REMEDY}")
     if meta["format"] != FORMAT:
         raise UserError(f"cache_dir: {str(cache_dir)!r} was made by another version of this package; {REMEDY}")
-    return meta
+    return {**meta, "options": {**ADDED, **meta["options"]}}

@@ -28,8 +28,13 @@ COMPARED = (
     "max_sequence_length",
     "teacher_layer",
     "teacher_grid",
+    "reference_scale",
+    "drop_background",
 )
 """Options in which a cache and the training that reads it must agree."""
+
+ADDED = {"reference_scale": 1.0, "drop_background": False}
+"""Options that older caches do not mention, and how those were made."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ class CacheOptions:
         augment_references: whether references of regular pairs are augmented; those of cross pairs never are.
         reference_variants: augmented versions of each reference of a regular pair.
         keep_background: whether what a reference's mask leaves out stays within its bounding box.
+        reference_scale: height and width of a reference's canvas as a share of the video's, in (0, 1], see
+            `references.reference_size`.
+        drop_background: whether the cache says which tokens of a reference show white padding only.
         max_sequence_length: text tokens that captions are cut and padded to.
         teachers: ids or folders of vision encoders.
         teacher_layer: which hidden states they give, see `Teacher`.
@@ -85,6 +93,8 @@ class CacheOptions:
     text_encoder_dtype: str = "bf16"
     seed: int = 0
     num_workers: int = 0
+    reference_scale: float = 1.0
+    drop_background: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teachers", tuple(self.teachers))
@@ -94,6 +104,8 @@ class CacheOptions:
                 problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.fps is not None and not self.fps > 0:
             problems.append(f"fps must be positive, got {self.fps}")
+        if not 0 < self.reference_scale <= 1:
+            problems.append(f"reference_scale must be in (0, 1], got {self.reference_scale}")
         if self.teacher_grid not in TEACHER_GRIDS:
             problems.append(f"teacher_grid must be one of {', '.join(TEACHER_GRIDS)}, got {self.teacher_grid!r}")
         for name in ("dtype", "text_encoder_dtype"):
@@ -139,5 +151,7 @@ def options_of(recipe: Any) -> CacheOptions:
         variant=recipe.variant,
         max_sequence_length=recipe.adapter.max_sequence_length,
         teachers=tuple(recipe.adapter.teachers) if aligned else (),
+        reference_scale=recipe.adapter.reference_scale,
+        drop_background=recipe.adapter.drop_background,
         **data,
     )

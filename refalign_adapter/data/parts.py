@@ -4,6 +4,7 @@
     cache_dir/references/<key>.safetensors   latents of a row's references
     cache_dir/text/<key>.safetensors         a caption's embedding
     cache_dir/teacher/<key>.safetensors      one teacher's features of a row's references
+    cache_dir/tokens/<key>.safetensors       which tokens of a row's references show more than white padding
 
 A part whose inputs or settings change gets another name, so stale ones are never read and the rest stays valid.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import atomic_file
 
-PARTS = ("video", "references", "text", "teacher")
+PARTS = ("video", "references", "text", "teacher", "tokens")
 TENSOR = "data"
 LEFTOVER_AGE = 3600.0
 """Seconds after which a temporary file is taken to be a killed run's."""

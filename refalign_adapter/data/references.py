@@ -21,6 +21,45 @@ NEARLY_WHITE = 250
 """Lossy files do not keep a white margin at 255."""
 
 
+def reference_size(height: int, width: int, scale: float, multiples: tuple[int, int]) -> tuple[int, int]:
+    """Height and width in pixels of the canvas that a reference is placed on.
+
+    Args:
+        height, width: of the video in pixels.
+        scale: the canvas's share of them, in (0, 1].
+        multiples: pixel rows and columns that make one token, see `Family.size_multiples`.
+
+    Returns:
+        The nearest size that can be cut into tokens, at least one of them.
+    """
+
+    def nearest(side: int, multiple: int) -> int:
+        return max(1, round(side * scale / multiple)) * multiple
+
+    return nearest(height, multiples[0]), nearest(width, multiples[1])
+
+
+def content_tokens(canvas: Image.Image | np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Which tokens of a canvas show anything but white padding.
+
+    Args:
+        canvas: RGB (H, W), or uint8 (H, W, 3).
+        rows, columns: tokens along H and W, which they divide.
+
+    Returns:
+        bool (rows, columns), False where every pixel is white; all True on a canvas that is white all over.
+
+    Raises:
+        UserError: a canvas that cannot be cut into so many tokens.
+    """
+    pixels = np.asarray(canvas)
+    height, width = pixels.shape[:2]
+    if height % rows or width % columns:
+        raise UserError(f"references: a canvas of {width}x{height} pixels cannot be cut into {columns}x{rows} tokens")
+    seen = (pixels != WHITE).any(-1).reshape(rows, height // rows, columns, width // columns).any((1, 3))
+    return seen if seen.any() else np.ones_like(seen)
+
+
 @dataclass(frozen=True)
 class AugmentationRanges:
     """From what an augmentation is drawn, uniformly; each but the flip and the blur always applies.
@@ -65,7 +104,7 @@ def prepare_reference(
 
     Args:
         image: RGB, of any size.
-        height, width: of the canvas in pixels, the video's.
+        height, width: of the canvas in pixels, see `reference_size`.
         mask: bool of the image's size, True on the subject; without one, white margins are cut off, so that a cut-out
             picture of a subject fills the canvas at inference as its masked image did in training.
         box: (left, top, right, bottom) in pixels; what is outside is dropped.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,7 @@ def cross_field_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _part_problems("alignment", recipe.alignment_schedule)
     yield from _optimizer_problems(recipe)
     yield from _output_problems(recipe)
-    shares = recipe.dropout.model_dump()
-    if (total := sum(shares.values())) > 1:
-        listed = " + ".join(f"{name} {share}" for name, share in shares.items())
-        yield ("dropout",), f"dropout: the shares must sum to at most 1, got {listed} = {total:g}"
+    yield from _dropout_problems(recipe)
 
 
 def _part_problems(section: str, build: Callable[[], Any]) -> Iterator[Problem]:
@@ -33,6 +31,20 @@ def _part_problems(section: str, build: Callable[[], Any]) -> Iterator[Problem]:
         yield from (((f"{section}.{line.split()[0]}",), f"{section}.{line}") for line in error.problems)
     except UserError as error:
         yield (section,), f"{section}.{error}"
+
+
+def _dropout_problems(recipe: Recipe) -> Iterator[Problem]:
+    shares = asdict(recipe.dropout_shares())
+    if (total := sum(shares.values())) > 1:
+        listed = " + ".join(f"{name} {share}" for name, share in shares.items())
+        yield ("dropout",), f"dropout: the shares must sum to at most 1, got {listed} = {total:g}"
+    for name in ("references", "both") if recipe.adapter.lora_scope == "reference" else ():
+        if shares[name]:
+            yield (
+                (f"dropout.{name}", "adapter.lora_scope"),
+                f"dropout.{name} must be 0 with adapter.lora_scope='reference', got {shares[name]}; leave it out: "
+                "without references that LoRA is the base itself, and the step would train nothing",
+            )
 
 
 def _optimizer_problems(recipe: Recipe) -> Iterator[Problem]:

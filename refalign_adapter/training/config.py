@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -34,9 +35,19 @@ class AdapterSection(Section):
     """What the adapter is; see `RefAlignConfig`."""
 
     attention: str = Field(
-        default="joint", description="how references reach the DiT: joint = in the video's own sequence"
+        default="joint",
+        description="how references reach the DiT: joint = in the video's own sequence, isolated = by keys and values",
     )
-    lora_scope: str = Field(default="all", description="tokens the LoRA acts on")
+    lora_scope: str = Field(
+        default="all", description="tokens the LoRA acts on: all, or reference (with isolated attention)"
+    )
+    reference_frame: int | None = Field(
+        default=None, description="temporal index of the first reference; null = after the video's frames"
+    )
+    reference_scale: float = Field(
+        default=1.0, description="height and width of a reference's canvas as a share of the video's, in (0, 1]"
+    )
+    drop_background: bool = Field(default=False, description="leave out reference tokens that show only white padding")
     r: int = Field(default=64, description="LoRA rank")
     lora_alpha: float = Field(
         default=64, description="LoRA scale numerator: the update is multiplied by lora_alpha / r"
@@ -91,9 +102,23 @@ class FlowSection(Section):
 class DropoutSection(Section):
     """Conditions left out at random, so that guidance works at inference; the shares are exclusive."""
 
-    text: Share = Field(default=0.1, description="share of samples without their text")
-    references: Share = Field(default=0.1, description="share of samples without their references")
-    both: Share = Field(default=0.1, description="share of samples without either")
+    text: Share | None = Field(default=None, description="share of samples without their text; null = 0.1")
+    references: Share | None = Field(
+        default=None,
+        description="share of samples without their references; null = 0.1, or 0 with adapter.lora_scope=reference",
+    )
+    both: Share | None = Field(
+        default=None, description="share of samples without either; null = 0.1, or 0 with adapter.lora_scope=reference"
+    )
+
+
+@dataclass(frozen=True)
+class DropoutShares:
+    """Shares of samples, in [0, 1], that lose their text, their references or both; see `DropoutSection`."""
+
+    text: float
+    references: float
+    both: float
 
 
 class SamplePrompt(Section):
@@ -245,6 +270,20 @@ class Recipe(Section):
             ConfigError: the adapter section's problems.
         """
         return RefAlignConfig(**self.adapter.model_dump(), base_model=self.pretrained_model_name_or_path)
+
+    def dropout_shares(self) -> DropoutShares:
+        """The shares of dropped conditions, with those that are not given filled in.
+
+        A LoRA on references alone leaves the base itself as the model without references: a step whose references are
+        dropped would train nothing.
+        """
+        section, default = self.dropout, 0.1
+        without = 0.0 if self.adapter.lora_scope == "reference" else default
+        return DropoutShares(
+            text=default if section.text is None else section.text,
+            references=without if section.references is None else section.references,
+            both=without if section.both is None else section.both,
+        )
 
     def alignment_schedule(self) -> AlignmentSchedule:
         """The schedule of η; a cosine without a length ends with the run.

@@ -136,14 +136,15 @@ def build_run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> Run
 
 def step_options(recipe: Recipe, shift: float) -> StepOptions:
     """The training step's options that a recipe asks for."""
+    dropout = recipe.dropout_shares()
     return StepOptions(
         timestep_sampling=recipe.flow.timestep_sampling,
         logit_mean=recipe.flow.logit_mean,
         logit_std=recipe.flow.logit_std,
         shift=shift,
-        text_dropout=recipe.dropout.text,
-        reference_dropout=recipe.dropout.references,
-        both_dropout=recipe.dropout.both,
+        text_dropout=dropout.text,
+        reference_dropout=dropout.references,
+        both_dropout=dropout.both,
         positive_margin=recipe.alignment.positive_margin,
         negative_margin=recipe.alignment.negative_margin,
         negative_weight=recipe.alignment.negative_weight,

@@ -96,7 +96,7 @@ class TrainingStep(nn.Module):
             interpolate(latents, noise, sigmas).to(dtype), sigmas, text.to(dtype)
         )
         self.branch.capture = self.projectors is not None and alignment_weight > 0
-        with self.branch.references(batch.references.to(dtype), mask):
+        with self.branch.references(batch.references.to(dtype), mask, tokens=batch.tokens):
             prediction = self.transformer(**arguments)[0]
         flow = flow_loss(prediction, velocity_target(latents, noise)).mean()
 
@@ -105,9 +105,18 @@ class TrainingStep(nn.Module):
         output = StepOutput(loss=flow, flow=flow.detach())
         if features:
             output.loss = flow + alignment_weight * self._align(features, batch, mask, sigmas, output)
-        elif self.projectors is not None:  # every process must have a gradient for every parameter
-            output.loss = flow + 0.0 * sum(parameter.sum() for parameter in self.projectors.parameters())
+        else:  # every process must have a gradient for every parameter
+            output.loss = flow + 0.0 * sum(parameter.sum() for parameter in self._left_out(prediction))
         return output
+
+    def _left_out(self, prediction: Tensor) -> list[nn.Parameter]:
+        """Trained parameters that the flow loss may not reach."""
+        left_out = [] if self.projectors is None else list(self.projectors.parameters())
+        # Of a LoRA on references alone, the video reads nothing without references, and with them nothing that comes
+        # after the last block's keys and values.
+        if not prediction.requires_grad or self.branch.config.lora_scope == "reference":
+            left_out += [parameter for _, parameter in self.branch.named_parameters()]
+        return left_out
 
     def _drop_conditions(self, batch: Batch, empty_text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Text with dropped prompts replaced by the empty one, and the mask without dropped references."""
@@ -143,27 +152,32 @@ class TrainingStep(nn.Module):
             for name, target in batch.teacher.items()
         }
         gate = timestep_gate(sigmas, self.options.timestep_gate)
+        shown = {"mask": mask.cpu(), "subjects": batch.subjects.cpu()}  # the loss reads them on the host, every time
+        if batch.tokens is not None:
+            shown["tokens"] = batch.tokens.flatten(2).cpu()
         totals = []
         for block, students in self.projectors(features).items():
-            parts = [
-                self._block_loss(student, targets[name], mask, batch.subjects, gate)
-                for name, student in students.items()
-            ]
+            parts = [self._block_loss(student, targets[name], shown, gate) for name, student in students.items()]
             totals += [part[0] for part in parts]
             means = torch.stack([torch.stack(part[1:]) for part in parts]).mean(0)
             output.positive[block], output.negative[block], output.cosine[block] = means.unbind()
         return torch.stack(totals).mean()
 
     def _block_loss(
-        self, student: Tensor, target: Tensor, mask: Tensor, subjects: Tensor, gate: Tensor
+        self, student: Tensor, target: Tensor, shown: dict[str, Tensor], gate: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(total, positive, negative, cosine) of one block and teacher; a sample's total is multiplied by its gate."""
+        """(total, positive, negative, cosine) of one block and teacher; a sample's total is multiplied by its gate.
+
+        `shown` holds the loss's mask, subjects and, where some are left out, tokens.
+        """
         margins = (self.options.positive_margin, self.options.negative_margin, self.options.negative_weight)
         if self.options.timestep_gate is None:
-            loss = reference_alignment_loss(student, target, *margins, mask=mask, subjects=subjects)
+            loss = reference_alignment_loss(student, target, *margins, **shown)
             return loss.total, loss.positive, loss.negative, loss.cosine
         losses = [
-            reference_alignment_loss(student[i], target[i], *margins, mask=mask[i], subjects=subjects[i])
+            reference_alignment_loss(
+                student[i], target[i], *margins, **{name: values[i] for name, values in shown.items()}
+            )
             for i in range(len(student))
         ]
         total = torch.stack([loss.total for loss in losses]) @ gate.to(losses[0].total)

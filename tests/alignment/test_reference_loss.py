@@ -3,75 +3,21 @@
 Shape letters: B batch, L blocks, M references, N tokens per reference, C channels.
 """
 
-import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from naive_loss import MASK, SUBJECTS, TOKENS, LargestTensor, assert_equals_naive, draw, naive
 from safetensors import safe_open
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from refalign_adapter.alignment import reference_loss
 from refalign_adapter.alignment.reference_loss import reference_alignment_loss
 from refalign_adapter.errors import UserError
 
 FIXTURE = Path(__file__).parents[1] / "data" / "official_reference_alignment_loss.safetensors"
-
-
-def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def naive_sample(student, teacher, positive_margin, negative_margin, mask, subjects):
-    """Positive and negative of one sample (M, N, C), written as the formula reads."""
-    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-    real = [m for m in range(len(mask)) if mask[m]]
-    zero = student.sum() * 0
-    positive = [F.relu(1 - (student[m] * teacher[m]).sum(-1) - positive_margin).mean() for m in real]
-    negative = [
-        F.relu(negative_margin - (1 - student[a] @ teacher[b].T)).mean()
-        for a, b in itertools.permutations(real, 2)
-        if subjects[a] != subjects[b]
-    ]
-    mean = lambda terms: torch.stack(terms).mean() if terms else zero  # noqa: E731
-    return mean(positive), mean(negative)
-
-
-def naive(student, teacher, positive_margin=0.0, negative_margin=1.0, negative_weight=1.0, mask=None, subjects=None):
-    """Total, positive and negative over all leading samples."""
-    leading, references = student.shape[:-3], student.shape[-3]
-    mask = torch.ones(references, dtype=torch.bool) if mask is None else mask
-    subjects = torch.arange(references) if subjects is None else subjects
-    tensors = (
-        student.flatten(0, -4) if leading else student[None],
-        teacher.expand(student.shape).reshape(-1, *student.shape[-3:]),
-        mask.expand(*leading, references).reshape(-1, references),
-        subjects.expand(*leading, references).reshape(-1, references),
-    )
-    terms = [
-        torch.stack(naive_sample(one, other, positive_margin, negative_margin, real.tolist(), ids.tolist()))
-        for one, other, real, ids in zip(*tensors, strict=True)
-    ]
-    positive, negative = torch.stack(terms).mean(0)
-    return positive + negative_weight * negative, positive, negative
-
-
-def assert_equals_naive(student, teacher, tolerance=1e-12, **options):
-    """Values and gradient of the student, in float64."""
-    ours, theirs = student.clone().requires_grad_(), student.clone().requires_grad_()
-    loss = reference_alignment_loss(ours, teacher, **options)
-    expected = naive(theirs, teacher, **options)
-    for value, wanted in zip((loss.total, loss.positive, loss.negative), expected, strict=True):
-        torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance, check_dtype=False)
-    (3.0 * loss.total).backward()
-    (3.0 * expected[0]).backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=tolerance, atol=tolerance)
-
-
-MASK = torch.tensor([[True, True, True], [True, False, True], [True, False, False], [False, False, False]])
-SUBJECTS = torch.tensor([[0, 1, 0], [5, 5, 7], [2, 3, 3], [1, 1, 1]])
 
 
 @pytest.mark.parametrize("case", range(4))
@@ -100,8 +46,22 @@ def test_equals_the_released_code(case):
         {"subjects": SUBJECTS},
         {"mask": MASK, "subjects": SUBJECTS, "negative_margin": 1.2},
         {"mask": MASK[1], "subjects": SUBJECTS[:1]},
+        {"tokens": TOKENS},
+        {"tokens": TOKENS, "mask": MASK, "subjects": SUBJECTS, "negative_margin": 1.2, "negative_weight": 0.3},
+        {"tokens": TOKENS[0], "positive_margin": 0.9},
     ],
-    ids=["defaults", "margins", "no negative", "mask", "subjects", "both", "broadcast"],
+    ids=[
+        "defaults",
+        "margins",
+        "no negative",
+        "mask",
+        "subjects",
+        "both",
+        "broadcast",
+        "tokens",
+        "all three",
+        "broadcast tokens",
+    ],
 )
 def test_equals_the_naive_formula(options, tile, monkeypatch):
     monkeypatch.setitem(reference_loss.TILE_ELEMENTS, "cpu", tile)
@@ -109,11 +69,13 @@ def test_equals_the_naive_formula(options, tile, monkeypatch):
 
 
 def test_equals_finite_differences():
-    def total(student):
-        options = {"positive_margin": 0.1, "negative_margin": 1.1, "mask": MASK, "subjects": SUBJECTS}
+    def total(student, **more):
+        options = {"positive_margin": 0.1, "negative_margin": 1.1, "mask": MASK, "subjects": SUBJECTS, **more}
         return reference_alignment_loss(student, draw(4, 3, 2, 4, seed=1), negative_weight=0.7, **options).total
 
     assert torch.autograd.gradcheck(total, draw(4, 3, 2, 4).requires_grad_())
+    tokens = partial(total, tokens=TOKENS[..., 1:3], mask=None)
+    assert torch.autograd.gradcheck(tokens, draw(4, 3, 2, 4).requires_grad_())
 
 
 def test_leading_dimensions_are_averaged_and_the_teacher_is_broadcast():
@@ -160,10 +122,12 @@ def test_padding_reaches_neither_value_nor_gradient():
     assert student.grad[1].eq(0).all()
 
 
+@pytest.mark.parametrize("hidden", ["mask", "tokens"])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 0, 4, 5), (0, 3, 4, 5)])
-def test_no_real_reference_at_all_is_zero(shape):
+def test_no_real_reference_at_all_is_zero(shape, hidden):
     student = draw(*shape).requires_grad_()
-    loss = reference_alignment_loss(student, draw(*shape), mask=torch.zeros(shape[:2], dtype=torch.bool))
+    nothing = torch.zeros(shape[:2] if hidden == "mask" else shape[:3], dtype=torch.bool)
+    loss = reference_alignment_loss(student, draw(*shape), **{hidden: nothing})
     loss.total.backward()
     assert [loss.total.item(), loss.positive.item(), loss.negative.item(), loss.cosine.item()] == [0, 0, 0, 0]
     assert student.grad.eq(0).all()
@@ -172,7 +136,11 @@ def test_no_real_reference_at_all_is_zero(shape):
 def test_cosine_is_the_mean_over_real_references():
     student, teacher = draw(4, 3, 5, 7), draw(4, 3, 5, 7, seed=1)
     loss = reference_alignment_loss(student, teacher, mask=MASK)
-    torch.testing.assert_close(loss.cosine, F.cosine_similarity(student, teacher, dim=-1)[MASK].mean())
+    cosines = F.cosine_similarity(student, teacher, dim=-1)
+    torch.testing.assert_close(loss.cosine, cosines[MASK].mean())
+    loss = reference_alignment_loss(student, teacher, mask=MASK, tokens=TOKENS)
+    means = [cosines[b, m][TOKENS[b, m]].mean() for b, m in (MASK & TOKENS.any(-1)).nonzero()]
+    torch.testing.assert_close(loss.cosine, torch.stack(means).mean())
 
 
 def test_perfect_alignment_of_orthogonal_subjects_costs_nothing():
@@ -182,10 +150,12 @@ def test_perfect_alignment_of_orthogonal_subjects_costs_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_lower_precision_is_computed_in_float32(dtype):
+@pytest.mark.parametrize("tokens", [None, torch.arange(120).view(3, 40) % 7 < 3], ids=["all tokens", "some"])
+def test_lower_precision_is_computed_in_float32(dtype, tokens):
     student, teacher = draw(2, 3, 40, 24, dtype=dtype).requires_grad_(), draw(2, 3, 40, 24, seed=1, dtype=dtype)
     exact = student.detach().double().requires_grad_()
-    loss, expected = reference_alignment_loss(student, teacher), reference_alignment_loss(exact, teacher.double())
+    loss = reference_alignment_loss(student, teacher, tokens=tokens)
+    expected = reference_alignment_loss(exact, teacher.double(), tokens=tokens)
     loss.total.backward()
     expected.total.backward()
     assert loss.total.dtype == torch.float32
@@ -196,13 +166,15 @@ def test_lower_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(student.grad.double(), exact.grad, rtol=tolerance, atol=tolerance * largest)
 
 
-def test_float16_gradients_survive_a_large_batch():
+@pytest.mark.parametrize("counting", [64, 3])
+def test_float16_gradients_survive_a_large_batch(counting):
     # The mean over 32 · 64 tokens takes gradients below float16's smallest number, 6e-8; a loss scale saves them.
     student = (20 * draw(32, 2, 64, 16)).half().requires_grad_()
     teacher = draw(32, 2, 64, 16, seed=1).half()
     exact = student.detach().double().requires_grad_()
-    (2.0**14 * reference_alignment_loss(student, teacher).total).backward()
-    (2.0**14 * reference_alignment_loss(exact, teacher.double()).total).backward()
+    tokens = (torch.arange(64) < counting).expand(2, 64)
+    (2.0**14 * reference_alignment_loss(student, teacher, tokens=tokens).total).backward()
+    (2.0**14 * reference_alignment_loss(exact, teacher.double(), tokens=tokens).total).backward()
     torch.testing.assert_close(student.grad.double(), exact.grad, rtol=5e-3, atol=5e-3 * exact.grad.abs().max().item())
 
 
@@ -231,7 +203,8 @@ def test_autocast_changes_nothing():
 
 def test_compiled_code_agrees():
     student, teacher = draw(2, 2, 4, 6, dtype=torch.float32), draw(2, 2, 4, 6, seed=1, dtype=torch.float32)
-    total = lambda leaf: reference_alignment_loss(2 * leaf, teacher, mask=MASK[:2, :2]).total  # noqa: E731
+    options = {"mask": MASK[:2, :2], "tokens": TOKENS[:2, :2, 1:]}
+    total = lambda leaf: reference_alignment_loss(2 * leaf, teacher, **options).total  # noqa: E731
     gradients = []
     for function in (total, torch.compile(total, backend="eager")):
         leaf = student.clone().requires_grad_()
@@ -294,21 +267,6 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(total, student, create_graph=True)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the largest number of elements that any operation puts out."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.numel())
-        return out
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_tensor_outgrows_the_student_or_one_tile(dtype):
     student, teacher = draw(4, 40, 8, dtype=dtype).requires_grad_(), draw(4, 40, 8, seed=1, dtype=dtype)
@@ -339,10 +297,12 @@ def test_what_is_saved_for_backward_is_one_gradient():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_gpu_agrees_with_the_cpu(dtype):
     student, teacher = draw(4, 3, 50, 32, dtype=dtype), draw(4, 3, 50, 32, seed=1, dtype=dtype)
+    options = {"mask": MASK, "subjects": SUBJECTS, "tokens": TOKENS.repeat_interleave(10, -1)}
     results = []
     for device in ("cpu", "cuda"):
         leaf = student.to(device).detach().requires_grad_()
-        loss = reference_alignment_loss(leaf, teacher.to(device), mask=MASK.to(device), subjects=SUBJECTS.to(device))
+        there = {name: option.to(device) for name, option in options.items()}
+        loss = reference_alignment_loss(leaf, teacher.to(device), **there)
         loss.total.backward()
         results.append((loss.total.detach().cpu(), leaf.grad.cpu()))
     torch.testing.assert_close(*results)
@@ -363,6 +323,9 @@ def test_a_gpu_agrees_with_the_cpu(dtype):
         ({"teacher": draw(1, 2, 3, 4, 5)}, r"teacher must have shape \(2, 3, 4, 5\) .*, got \(1, 2, 3, 4, 5\)"),
         ({"mask": torch.ones(2, 3)}, "mask must be of type torch.bool, got torch.float32"),
         ({"mask": torch.ones(2, 4, dtype=torch.bool)}, r"mask must have shape \(2, 3\) .*, got \(2, 4\)"),
+        ({"tokens": torch.ones(2, 3, 4)}, "tokens must be of type torch.bool, got torch.float32"),
+        ({"tokens": torch.ones(2, 3, 5).bool()}, r"tokens must have shape \(2, 3, 4\) .*, got \(2, 3, 5\)"),
+        ({"tokens": torch.ones(4).bool()}, r"tokens must have shape \(2, 3, 4\) .*, got \(4,\)"),
         ({"subjects": torch.zeros(2, 3)}, "subjects must be integers, got torch.float32"),
         ({"subjects": torch.zeros(3, 3, dtype=torch.long)}, r"subjects must have shape \(2, 3\) .*, got \(3, 3\)"),
     ],

@@ -33,8 +33,8 @@ ROWS = [
 
 
 def sensitivity(true: float = 0.3, shuffled: float = 0.4, p_value: float = 1e-9) -> Sensitivity:
-    rows = torch.tensor([true, shuffled, 0.5], dtype=torch.float64) + 0.01 * torch.arange(4)[:, None]
-    return Sensitivity(true, shuffled, 0.5, 4, p_value, rows)
+    rows = torch.tensor([true, shuffled, 0.31, 0.5], dtype=torch.float64) + 0.01 * torch.arange(4)[:, None]
+    return Sensitivity(true, shuffled, 0.31, 0.5, 4, p_value, rows)
 
 
 def opened(png: bytes) -> np.ndarray:
@@ -134,5 +134,5 @@ def test_answer_is_no_without_evidence(true: float, shuffled: float, p_value: fl
 
 def test_summary_is_json():
     assert json.loads(json.dumps(sensitivity().to_dict())) == {
-        "true": 0.3, "shuffled": 0.4, "none": 0.5, "n": 4, "p_value": 1e-9
+        "true": 0.3, "shuffled": 0.4, "swapped": 0.31, "none": 0.5, "n": 4, "p_value": 1e-9
     }  # fmt: skip

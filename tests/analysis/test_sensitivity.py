@@ -53,7 +53,7 @@ def test_true_and_none_equal_the_definition_row_by_row(branch):
     none = [naive_loss(branch, item, None, row, (0.3, 0.8), 3) for row, item in enumerate(samples)]
     assert result.n == 5
     assert sorted(result.rows[:, 0].tolist()) == pytest.approx(sorted(true), abs=1e-5)
-    assert sorted(result.rows[:, 2].tolist()) == pytest.approx(sorted(none), abs=1e-5)
+    assert sorted(result.rows[:, 3].tolist()) == pytest.approx(sorted(none), abs=1e-5)
     assert (result.true, result.none) == pytest.approx((sum(true) / 5, sum(none) / 5), abs=1e-5)
 
 
@@ -67,6 +67,32 @@ def test_shuffled_takes_another_row_with_as_many_references(branch):
     ]
     assert sorted(result.rows[:, 1].tolist()) == pytest.approx(sorted(losses), abs=1e-5)
     assert result.p_value == pytest.approx(paired_p_value(result.rows[:, 0], result.rows[:, 1]))
+
+
+def test_swapped_moves_each_reference_one_place_on(branch):
+    samples = make_samples([3, 1, 3, 1])
+    result = reference_sensitivity(branch, samples, sigmas=(0.5,), seed=0)
+    losses = [
+        naive_loss(branch, sample, sample.references[0][[-1, *range(len(sample.subjects) - 1)]], row, (0.5,), 0)
+        for row, sample in enumerate(samples)
+    ]
+    assert sorted(result.rows[:, 2].tolist()) == pytest.approx(sorted(losses), abs=1e-5)
+
+
+def test_tokens_left_out_of_the_references_are_left_out_here_too():
+    transformer = tiny_transformer(num_layers=2)
+    config = RefAlignConfig(attention="isolated", lora_scope="reference", r=4, align_layers=1, drop_background=True)
+    branch = attach(transformer, config, seed=0)
+    samples = make_samples([2, 2])
+    whole = reference_sensitivity(branch, samples, sigmas=(0.5,))
+    for sample in samples:
+        sample.tokens = torch.ones(2, 2, 2, 2, dtype=torch.bool)
+    assert torch.equal(reference_sensitivity(branch, samples, sigmas=(0.5,)).rows, whole.rows)
+    for sample in samples:
+        sample.tokens[:, :, 0] = False
+    fewer = reference_sensitivity(branch, samples, sigmas=(0.5,))
+    assert torch.equal(fewer.rows[:, 3], whole.rows[:, 3])
+    assert not torch.equal(fewer.rows[:, 0], whole.rows[:, 0])
 
 
 def test_does_not_depend_on_the_batch_size(branch):

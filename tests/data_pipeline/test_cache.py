@@ -117,6 +117,9 @@ def test_what_is_there_is_not_made_again_and_runs_agree(cached, encoders, build_
         ({"teacher_grid": "native"}, {"teacher": 4}),
         ({"dtype": "fp16"}, ALL),
         ({"max_references": 4}, {}),
+        ({"reference_scale": 0.5}, {"references": 4, "teacher": 4}),
+        ({"reference_scale": 0.95}, {}),  # rounds to the same canvas
+        ({"drop_background": True}, {"tokens": 4}),
     ],
     ids=lambda value: next(iter(value), "nothing"),
 )
@@ -259,10 +262,11 @@ def test_a_base_from_the_hub_is_known_by_its_commit(options, tmp_path, monkeypat
 
 def test_options_tell_every_mistake_at_once(options):
     with pytest.raises(ConfigError) as caught:
-        replace(options, height=0, fps=-1.0, teacher_grid="square", dtype="int8")
+        replace(options, height=0, fps=-1.0, teacher_grid="square", dtype="int8", reference_scale=1.5)
     assert caught.value.problems == [
         "height must be at least 1, got 0",
         "fps must be positive, got -1.0",
+        "reference_scale must be in (0, 1], got 1.5",
         "teacher_grid must be one of match, native, got 'square'",
         "dtype must be one of fp32, fp16, bf16, got 'int8'",
     ]

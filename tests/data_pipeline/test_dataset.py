@@ -68,6 +68,10 @@ def test_a_validation_manifest_gets_an_index_of_its_own(cached, encoders, build_
     [
         ({"height": 64, "fps": 16}, "was made with height 32 instead of 64, fps 8.0 instead of 16.0"),
         ({"base_model": "other/model"}, "was made with base_model base instead of other/model"),
+        (
+            {"reference_scale": 0.5, "drop_background": True},
+            "was made with reference_scale 1.0 instead of 0.5, drop_background False instead of True",
+        ),
         ({"teachers": ("other/teacher",)}, "has no features of 'other/teacher'"),
         ({"cache_dir": "/nowhere"}, "there is no finished cache in '/nowhere'"),
     ],
@@ -107,7 +111,7 @@ def test_a_damaged_cache_is_one_line(cached, tmp_path):
         CachedDataset(copy)
 
 
-def sample(key, count, variants, subjects=None):
+def sample(key, count, variants, subjects=None, tokens=False):
     draw = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(count))  # noqa: E731
     return CachedSample(
         key=key,
@@ -116,6 +120,7 @@ def sample(key, count, variants, subjects=None):
         references=draw(variants, count, 2, 4, 5),
         teacher={"one": draw(variants, count, 2, 3, 8), "two": draw(variants, count, 1, 1, 4)},
         subjects=torch.tensor(subjects or range(count)),
+        tokens=draw(variants, count, 2, 3) > 0 if tokens else None,
     )
 
 
@@ -138,6 +143,20 @@ def test_collate_pads_references_at_the_end_and_picks_variants():
         assert batch.teacher[name][0, 1:].abs().sum() == 0
         assert torch.equal(batch.teacher[name][1], samples[1].teacher[name][0])
     assert torch.equal(collate(samples).references[0, :, 0], samples[0].references[0, 0])
+
+
+def test_collate_picks_and_pads_the_references_tokens_along_with_them():
+    assert collate([sample("a", 2, 1)]).tokens is None
+    samples = [sample("a", 1, 3, tokens=True), sample("b", 3, 1, tokens=True)]
+    batch = collate(samples, variants=[5, 4])
+    assert batch.tokens.dtype == torch.bool
+    assert batch.tokens.shape == (2, 3, 2, 3)
+    assert torch.equal(batch.tokens[0, 0], samples[0].tokens[2, 0])
+    assert not batch.tokens[0, 1:].any()
+    assert torch.equal(batch.tokens[1], samples[1].tokens[0])
+    moved = batch.to("meta", torch.float16)
+    assert (moved.tokens.device.type, moved.tokens.dtype) == ("meta", torch.bool)
+    assert (moved.references.device.type, moved.references.dtype) == ("meta", torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,9 +8,11 @@ from refalign_adapter.data.references import (
     AUGMENTATION,
     AugmentationRanges,
     augment_reference,
+    content_tokens,
     cut_out,
     place_on_canvas,
     prepare_reference,
+    reference_size,
 )
 from refalign_adapter.errors import UserError
 
@@ -241,3 +243,40 @@ def test_without_a_mask_white_margins_are_cut_off_as_a_mask_would():
 def test_an_image_that_is_white_all_over_stays_white():
     white = Image.new("RGB", (20, 10), "white")
     assert (np.asarray(prepare_reference(white, height=16, width=16)) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "multiples", "expected"),
+    [
+        ((480, 832), 1.0, (16, 16), (480, 832)),
+        ((480, 832), 0.5, (16, 16), (240, 416)),
+        ((480, 832), 0.3, (16, 16), (144, 256)),  # 144 and 249.6, of which 15.6 tokens
+        ((720, 1280), 0.7, (32, 16), (512, 896)),  # 15.75 rows of tokens
+        ((48, 64), 0.01, (16, 32), (16, 32)),
+    ],
+)
+def test_the_canvas_is_a_share_of_the_videos_in_whole_tokens(size, scale, multiples, expected):
+    assert reference_size(*size, scale, multiples) == expected
+
+
+def test_a_token_counts_when_any_of_its_pixels_is_not_white():
+    canvas = np.full((32, 48, 3), 255, np.uint8)
+    canvas[0, 15, 2] = 254  # the last pixel of the first token's first row, and almost white
+    canvas[16, 32:] = 0  # the first row of the last token
+    expected = np.array([[True, False, False], [False, False, True]])
+    assert np.array_equal(content_tokens(canvas, 2, 3), expected)
+    assert np.array_equal(content_tokens(Image.fromarray(canvas), 2, 3), expected)
+    assert np.array_equal(content_tokens(canvas, 1, 3), expected.any(0, keepdims=True))
+
+
+def test_padding_around_a_subject_is_background_and_white_all_over_is_not():
+    image, mask = scene()  # the subject is twice as wide as high
+    canvas = prepare_reference(image, height=64, width=64, mask=mask)
+    assert content_tokens(canvas, 4, 4)[:, 0].tolist() == [False, True, True, False]
+    white = np.full((32, 48, 3), 255, np.uint8)
+    assert content_tokens(white, 2, 3).all()
+
+
+def test_a_canvas_that_cannot_be_cut_into_the_tokens_is_refused():
+    with pytest.raises(UserError, match="a canvas of 48x32 pixels cannot be cut into 5x2 tokens"):
+        content_tokens(np.zeros((32, 48, 3), np.uint8), 2, 5)

@@ -88,6 +88,20 @@ def make_recipe(tiny_world, tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def economical_world(tiny_world, tmp_path_factory):
+    """Overrides of the tiny recipe for a LoRA on references alone, which are small and lose their background."""
+    overrides = [
+        f"data.cache_dir={tmp_path_factory.mktemp('economical')}",
+        "adapter.attention=isolated",
+        "adapter.lora_scope=reference",
+        "adapter.reference_scale=0.5",
+        "adapter.drop_background=true",
+    ]
+    cache_dataset(options_of(load_recipe(tiny_world / "recipe.yaml", overrides)), device="cpu")
+    return overrides
+
+
 @pytest.fixture
 def launch(tiny_world):
     """`launch(output_dir, "key=value", …, launcher=[…])`: run the training command; returns the process's result."""

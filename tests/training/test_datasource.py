@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from refalign_adapter.errors import UserError
 from refalign_adapter.training.datasource import batches_of_equals, open_data
 from refalign_adapter.training.setup import build_accelerator
 
@@ -56,6 +57,20 @@ def test_validation_rows_are_no_training_rows(make_data):
     assert len(data.validation) == 3
     assert not {*data.validation.keys} & {*data.training.keys}
     assert data.validation_batch(0).keys == data.validation.keys[:2]
+
+
+def test_batches_bring_small_references_and_the_tokens_that_are_kept(economical_world, make_data):
+    data = make_data(*economical_world)
+    for batch in (next(data.training_batches(0, 0)), data.validation_batch(0)):
+        assert batch.latents.shape[-2:] == (6, 6)
+        assert batch.references.shape[-2:] == (4, 4)
+        assert batch.tokens.shape == (*batch.mask.shape, 2, 2)
+        assert torch.equal(batch.tokens.flatten(2).any(-1), batch.mask)
+
+
+def test_a_cache_of_whole_references_is_refused_where_small_ones_are_trained(economical_world, make_data):
+    with pytest.raises(UserError, match=r"made with reference_scale 1.0 instead of 0.5, drop_background False"):
+        make_data(*economical_world[1:])
 
 
 def test_batches_of_equals_keep_order_and_shape():

@@ -104,6 +104,20 @@ def test_only_lora_and_projectors_change_and_all_of_them_do(make_recipe, tmp_pat
     assert {name for name in before if not torch.equal(before[name], after[name])} == names
 
 
+def test_a_lora_on_small_references_trains_and_leaves_the_rest_as_it_is(economical_world, make_recipe, tmp_path):
+    # From step 2 on nothing is aligned any more, and a part of the last block's LoRA has no gradient but zero.
+    changes = ["optimizer=adamw", "adapter.lora_dropout=0", "adapter.align_layers=3", "alignment.cutoff_step=2"]
+    recipe = make_recipe(*economical_world, *changes)
+    run = build_run(recipe, build_accelerator(recipe, tmp_path), tmp_path)
+    before = {name: value.clone() for name, value in run.module.state_dict().items()}
+    names = {name for name, parameter in run.module.named_parameters() if parameter.requires_grad}
+    batches, meter = endless_batches(run), LossMeter((0, 1, 2))
+    values = [optimizer_step(run, batches, meter, SignalWatch()) for _ in range(3)]
+    assert [step["train/alignment_weight"] for step in values] == [1, 1, 0]
+    after = run.module.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == names
+
+
 def test_validation_repeats_itself_and_shares_out(make_recipe, tmp_path):
     recipe = make_recipe()
     run = build_run(recipe, build_accelerator(recipe, tmp_path), tmp_path)

@@ -1,10 +1,14 @@
 """Recipes: YAML and overrides to typed fields; every mistake at once."""
 
+from dataclasses import astuple
+
 import pytest
 
+from refalign_adapter.data.options import options_of
 from refalign_adapter.errors import ConfigError, UserError
 from refalign_adapter.training import optimizers
 from refalign_adapter.training.recipe_file import changes, flat_values, load_recipe, save_recipe
+from refalign_adapter.training.setup import step_options
 
 MINIMAL = "pretrained_model_name_or_path: base\noutput_dir: out\ndata: {cache_dir: cache}\n"
 
@@ -35,7 +39,7 @@ def test_defaults_are_the_papers_where_it_gives_them(recipe_file):
     )
     assert (recipe.alignment.weight, recipe.alignment.negative_weight, recipe.alignment.negative_margin) == (1, 1, 1)
     assert (recipe.adapter.align_layers, recipe.adam_weight_decay, recipe.optimizer) == (9, 0.01, "adamw8bit")
-    assert list(recipe.dropout.model_dump().values()) == [0.1, 0.1, 0.1]
+    assert astuple(recipe.dropout_shares()) == (0.1, 0.1, 0.1)
     assert recipe.ema_decay is None
 
 
@@ -170,3 +174,51 @@ def test_a_cosine_without_length_ends_with_the_run(recipe_file):
     assert schedule.weight_at(100) == 1.0
     assert schedule.weight_at(1550) == pytest.approx(0.625)
     assert schedule.weight_at(3000) == pytest.approx(0.25)
+
+
+REFERENCE_SCOPE = ("adapter.attention=isolated", "adapter.lora_scope=reference")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shares"),
+    [
+        ((), (0.1, 0.1, 0.1)),
+        (("dropout.text=0", "dropout.both=0.3"), (0, 0.1, 0.3)),
+        (("adapter.attention=isolated",), (0.1, 0.1, 0.1)),
+        (REFERENCE_SCOPE, (0.1, 0, 0)),
+        ((*REFERENCE_SCOPE, "dropout.text=0.4", "dropout.references=0", "dropout.both=0.0"), (0.4, 0, 0)),
+    ],
+)
+def test_conditions_dropped_by_default_depend_on_the_scope(recipe_file, overrides, shares):
+    recipe = load_recipe(recipe_file(), overrides)
+    assert astuple(recipe.dropout_shares()) == shares
+    options = step_options(recipe, 1.0)
+    assert (options.text_dropout, options.reference_dropout, options.both_dropout) == shares
+
+
+def test_references_are_not_dropped_where_they_alone_are_trained(recipe_file):
+    assert problems(recipe_file("dropout: {references: 0.1, both: 0.2}\n"), *REFERENCE_SCOPE) == [
+        f"dropout.{name} must be 0 with adapter.lora_scope='reference', got {share}; leave it out: without references "
+        "that LoRA is the base itself, and the step would train nothing"
+        for name, share in (("references", 0.1), ("both", 0.2))
+    ]
+    assert problems(recipe_file(), *REFERENCE_SCOPE, "dropout.text=0.9", "dropout.both=0.2") == [
+        "dropout: the shares must sum to at most 1, got text 0.9 + references 0.0 + both 0.2 = 1.1",
+        "dropout.both must be 0 with adapter.lora_scope='reference', got 0.2; leave it out: without references that "
+        "LoRA is the base itself, and the step would train nothing",
+    ]
+
+
+def test_the_adapter_and_its_cache_agree_on_references(recipe_file):
+    overrides = ("adapter.attention=isolated", "adapter.reference_scale=0.5", "adapter.drop_background=true")
+    recipe = load_recipe(recipe_file(), overrides)
+    for made in (recipe.adapter_config(), options_of(recipe)):
+        assert (made.reference_scale, made.drop_background) == (0.5, True)
+    default = options_of(load_recipe(recipe_file()))
+    assert (default.reference_scale, default.drop_background) == (1.0, False)
+    assert problems(recipe_file(), "adapter.attention=isolated", "adapter.reference_scale=0") == [
+        "adapter.reference_scale must be in (0, 1], got 0.0"
+    ]
+    assert problems(recipe_file(), "adapter.drop_background=true") == [
+        "adapter.drop_background needs attention='isolated', got True with 'joint'"
+    ]

@@ -13,9 +13,12 @@ TEACHERS = {"first": 10, "second": 6}
 KEEP = {"text_dropout": 0.0, "reference_dropout": 0.0, "both_dropout": 0.0}
 
 
-def build_step(teachers=("first",), align_layers=2, **options):
+ISOLATED = {"attention": "isolated", "lora_scope": "reference"}
+
+
+def build_step(teachers=("first",), align_layers=2, adapter=None, **options):
     transformer = tiny_transformer()
-    config = ra.RefAlignConfig(r=4, align_layers=align_layers, teachers=teachers)
+    config = ra.RefAlignConfig(r=4, align_layers=align_layers, teachers=teachers, **adapter or {})
     branch = ra.attach(transformer, config, seed=0)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in branch.named_parameters():
@@ -26,7 +29,7 @@ def build_step(teachers=("first",), align_layers=2, **options):
     return TrainingStep(branch, projectors, StepOptions(**KEEP | options))
 
 
-def make_batch(size=2, references=2, grid=(3, 4)):
+def make_batch(size=2, references=2, grid=(3, 4), canvas=(6, 8)):
     generator = torch.Generator().manual_seed(6)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     mask = torch.ones(size, references, dtype=torch.bool)
@@ -35,7 +38,7 @@ def make_batch(size=2, references=2, grid=(3, 4)):
         keys=[f"row {i}" for i in range(size)],
         latents=draw(size, 16, 2, 6, 8),
         text=draw(size, 5, 32),
-        references=draw(size, 16, references, 6, 8),
+        references=draw(size, 16, references, *canvas),
         mask=mask,
         subjects=torch.arange(references).repeat(size, 1),
         teacher={name: draw(size, references, *grid, width) for name, width in TEACHERS.items()},
@@ -55,7 +58,7 @@ def by_hand(step, batch, sigmas, noise):
     shaped = sigmas.view(-1, 1, 1, 1, 1)
     noisy = (1 - shaped) * batch.latents + shaped * noise
     step.branch.capture = True
-    with step.branch.references(batch.references, batch.mask):
+    with step.branch.references(batch.references, batch.mask, tokens=batch.tokens):
         prediction = step.transformer(noisy, 1000 * sigmas, batch.text).sample
     return prediction, step.branch.features
 
@@ -99,10 +102,41 @@ def test_a_teacher_grid_of_another_size_is_resampled_to_the_tokens():
     assert exact.positive[0] != coarse.positive[0]
 
 
-def test_the_gate_multiplies_each_samples_term_by_sigma_to_the_power():
-    batch = make_batch()
+def economical_batch():
+    """References on a canvas of 2 x 3 tokens, some of them left out."""
+    batch = make_batch(grid=(2, 3), canvas=(4, 6))
+    batch.tokens = batch.mask[:, :, None, None] & (torch.arange(24).view(2, 2, 2, 3) % 5 < 3)
+    return batch
+
+
+def test_small_references_with_some_of_their_tokens_reach_branch_and_loss():
+    step, batch = build_step(adapter=ISOLATED), economical_batch()
     sigmas = torch.tensor([0.3, 0.8])
-    plain, gated = build_step(), build_step(timestep_gate=3.0)
+    output = run(step, batch, weight=0.4, sigmas=sigmas)
+    generator = torch.Generator().manual_seed(0)
+    torch.rand(2, generator=generator)
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    prediction, features = by_hand(step, batch, sigmas, noise)
+    flow = (prediction - (noise - batch.latents)).square().mean()
+    target, tokens = batch.teacher["first"].flatten(2, 3), batch.tokens.flatten(2)
+    losses = [
+        ra.reference_alignment_loss(students["first"], target, mask=batch.mask, subjects=batch.subjects, tokens=tokens)
+        for students in step.projectors(features).values()
+    ]
+    torch.testing.assert_close(output.loss, flow + 0.4 * torch.stack([loss.total for loss in losses]).mean())
+    torch.testing.assert_close(output.positive[1], losses[1].positive)
+    batch.tokens = None
+    whole = run(step, batch, sigmas=sigmas)
+    assert whole.flow != output.flow
+    assert whole.positive[0] != output.positive[0]
+
+
+@pytest.mark.parametrize("economical", [False, True], ids=["joint", "tokens left out"])
+def test_the_gate_multiplies_each_samples_term_by_sigma_to_the_power(economical):
+    batch = economical_batch() if economical else make_batch()
+    sigmas = torch.tensor([0.3, 0.8])
+    adapter = ISOLATED if economical else None
+    plain, gated = build_step(adapter=adapter), build_step(adapter=adapter, timestep_gate=3.0)
     output = run(gated, batch, sigmas=sigmas)
     alignment = output.loss - output.flow
     parts = []
@@ -111,6 +145,7 @@ def test_the_gate_multiplies_each_samples_term_by_sigma_to_the_power():
             [batch.keys[i]],
             *(getattr(batch, name)[i : i + 1] for name in ("latents", "text", "references", "mask", "subjects")),
             teacher={name: features[i : i + 1] for name, features in batch.teacher.items()},
+            tokens=None if batch.tokens is None else batch.tokens[i : i + 1],
         )
         generator = torch.Generator().manual_seed(0)
         torch.rand(2, generator=generator)
@@ -119,7 +154,13 @@ def test_the_gate_multiplies_each_samples_term_by_sigma_to_the_power():
         students = plain.projectors(features)
         target = one.teacher["first"].flatten(2, 3)
         losses = [
-            ra.reference_alignment_loss(students[block]["first"], target, mask=one.mask, subjects=one.subjects).total
+            ra.reference_alignment_loss(
+                students[block]["first"],
+                target,
+                mask=one.mask,
+                subjects=one.subjects,
+                tokens=None if one.tokens is None else one.tokens.flatten(2),
+            ).total
             for block in (0, 1)
         ]
         parts.append(sigmas[i] ** 3 * torch.stack(losses).mean())
@@ -147,6 +188,58 @@ def test_a_step_without_alignment_still_gives_every_parameter_a_gradient(reason)
     for parameter in step.projectors.parameters():
         assert parameter.grad is not None
         assert not parameter.grad.any()
+
+
+@pytest.mark.parametrize("align_layers", [0, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_lora_on_references_alone_has_zero_gradients_without_references(align_layers, checkpointing):
+    step, batch = build_step(adapter=ISOLATED, align_layers=align_layers), make_batch()
+    if checkpointing:
+        step.transformer.enable_gradient_checkpointing()
+    batch.mask[:] = False
+    output = run(step, batch)
+    output.loss.backward()
+    assert output.loss.item() == output.flow.item()
+    trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
+    assert len(trained) >= len(list(step.branch.named_parameters())) > 0
+    for parameter in trained:
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of one."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_training_goes_on_after_steps_without_references_or_alignment(one_process):
+    step = build_step(adapter=ISOLATED, align_layers=3)
+    model = torch.nn.parallel.DistributedDataParallel(step)  # refuses a step after one that left a parameter out
+    nobody = make_batch()
+    nobody.mask[:] = False
+    for batch, weight in ((nobody, 1.0), (make_batch(), 0.0), (nobody, 0.0), (make_batch(), 1.0)):
+        run(model, batch, weight=weight).loss.backward()
+    assert all(parameter.grad.any() for parameter in step.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("scope", ["reference", "all"])
+def test_every_isolated_parameter_has_a_gradient_in_every_step(scope, weight):
+    # With the last block aligned, some of a reference LoRA reaches the alignment alone, which can have weight 0.
+    step = build_step(adapter=ISOLATED | {"lora_scope": scope}, align_layers=3)
+    run(step, make_batch(), weight=weight).loss.backward()
+    grads = {name: parameter.grad for name, parameter in step.named_parameters() if parameter.requires_grad}
+    assert [name for name, grad in grads.items() if grad is None] == []
+    touched = {name for name, grad in grads.items() if grad.any()}
+    declared = {f"transformer.{name}" for name, _ in step.branch.named_parameters()}
+    if weight:
+        assert touched == set(grads) > declared
+    else:
+        tail = {name for name in declared if "blocks.2." in name and not any(f"to_{x}." in name for x in "kv")}
+        assert touched == declared - (tail if scope == "reference" else set())
 
 
 def test_conditions_are_dropped_at_the_shares_asked_for():

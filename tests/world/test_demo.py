@@ -146,12 +146,12 @@ def test_report_of_what_was_measured(tmp_path: Path):
     clustered = np.eye(4)[labels] + 0.01 * generator.normal(size=(16, 4))
     features = FeatureViews([f"ball-{i}" for i in range(4)], labels, 1, generator.normal(size=(16, 4)), clustered)
     losses = torch.rand(64, 3, dtype=torch.float64)
-    measured = Measured(Sensitivity(0.3, 0.4, 0.5, 64, 1e-5, losses), features)
+    measured = Measured(Sensitivity(0.3, 0.4, 0.3, 0.5, 64, 1e-5, losses), features)
     options = {"seed": 0, "train_clips": 12, "output": None}
     write_demo_report(tmp_path, measured, options, {"world": 1.0}, ["refalign generate --prompt 'x'"])
 
     facts = json.loads((tmp_path / "report.json").read_text())
-    assert facts["reference_sensitivity"] == {"true": 0.3, "shuffled": 0.4, "none": 0.5, "n": 64, "p_value": 1e-5}
+    assert facts["reference_sensitivity"] == {"true": 0.3, "shuffled": 0.4, "swapped": 0.3, "none": 0.5, "n": 64, "p_value": 1e-5}
     assert facts["reference_features"]["after"]["retrieval"] == 1.0
     assert (facts["steps"], facts["adapter_bytes"], facts["options"]) == (9, 1_500_000, {"seed": 0, "train_clips": 12})
     text = (tmp_path / "report.html").read_text()
@@ -196,7 +196,7 @@ def test_whole_demo_interrupted_and_taken_up_again(tmp_path: Path):
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [row["step"] for row in steps if "train/flow" in row] == list(range(1, 13))
     facts = json.loads((folder / "report.json").read_text())
-    assert set(facts["reference_sensitivity"]) == {"true", "shuffled", "none", "n", "p_value"}
+    assert set(facts["reference_sensitivity"]) == {"true", "shuffled", "swapped", "none", "n", "p_value"}
     assert facts["reference_sensitivity"]["n"] == 16
     assert (folder / "report.html").stat().st_size > 50_000
     assert len(list((folder / "samples").glob("*.mp4"))) == len(read_jobs(folder / "samples"))
