@@ -145,7 +145,7 @@ def test_report_of_what_was_measured(tmp_path: Path):
     labels = np.repeat(np.arange(4), 4)
     clustered = np.eye(4)[labels] + 0.01 * generator.normal(size=(16, 4))
     features = FeatureViews([f"ball-{i}" for i in range(4)], labels, 1, generator.normal(size=(16, 4)), clustered)
-    losses = torch.rand(64, 3, dtype=torch.float64)
+    losses = torch.rand(64, 4, dtype=torch.float64)
     measured = Measured(Sensitivity(0.3, 0.4, 0.3, 0.5, 64, 1e-5, losses), features)
     options = {"seed": 0, "train_clips": 12, "output": None}
     write_demo_report(tmp_path, measured, options, {"world": 1.0}, ["refalign generate --prompt 'x'"])
