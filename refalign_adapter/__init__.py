@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .alignment.reference_loss import reference_alignment_loss
     from .branch.attach import ReferenceBranch, attach
+    from .branch.reference_cache import ReferenceCache
     from .config import RefAlignConfig
     from .errors import ConfigError, UserError
     from .pipelines.load import load_adapter
@@ -16,6 +17,7 @@ _SOURCES = {
     "ConfigError": ".errors",
     "RefAlignConfig": ".config",
     "ReferenceBranch": ".branch.attach",
+    "ReferenceCache": ".branch.reference_cache",
     "UserError": ".errors",
     "attach": ".branch.attach",
     "load_adapter": ".pipelines.load",
@@ -27,6 +29,7 @@ __all__ = [
     "ConfigError",
     "RefAlignConfig",
     "ReferenceBranch",
+    "ReferenceCache",
     "UserError",
     "attach",
     "load_adapter",

@@ -130,6 +130,12 @@ def generate(
     image_guidance_scale: Annotated[
         float, typer.Option(help="How strongly the references pull; 1 turns it off.")
     ] = 5.0,
+    guidance_interval: Annotated[
+        tuple[float, float], typer.Option(help="Start and stop of guidance, as shares of the steps.")
+    ] = (0.0, 1.0),
+    batch_guidance: Annotated[
+        bool, typer.Option("--batch-guidance", help="Run guidance passes together, with more memory.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; bf16 on a GPU, else fp32.")] = None,

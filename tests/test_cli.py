@@ -234,13 +234,13 @@ def test_wrong_paths(fails, recipe):
 
 def test_recipes_are_listed_and_copied_once(run, fails, tmp_path):
     names = run("recipes", "list")[1].split()
-    assert {"demo/joint", "wan2.1-t2v-1.3b/stage1", "wan2.1-t2v-14b/stage2"} <= set(names)
-    status, out, _ = run("recipes", "copy", "demo/joint", "--output", tmp_path / "mine.yaml")
+    assert {"demo/isolated", "wan2.1-t2v-1.3b/stage1", "wan2.1-t2v-14b/stage2"} <= set(names)
+    status, out, _ = run("recipes", "copy", "demo/isolated", "--output", tmp_path / "mine.yaml")
     assert status == 0
     assert out.strip().endswith("mine.yaml")
     assert (tmp_path / "mine.yaml").is_file()
-    assert "exists already" in fails("recipes", "copy", "demo/joint", "--output", tmp_path / "mine.yaml")[0]
-    assert "choose one of demo/joint" in fails("recipes", "copy", "demo/jiont")[0]
+    assert "exists already" in fails("recipes", "copy", "demo/isolated", "--output", tmp_path / "mine.yaml")[0]
+    assert "choose one of demo/isolated" in fails("recipes", "copy", "demo/isolatde")[0]
 
 
 def test_doctor_names_what_is_there(run):

@@ -1,6 +1,7 @@
 """The recipes that come along: valid, launched as their first line says, copied with what that line names."""
 
 import ast
+import dataclasses
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ NAMES = list_recipes()
 
 def test_what_comes_along():
     stages = [f"wan2.1-t2v-{size}/stage{number}" for size in ("1.3b", "14b") for number in (1, 2)]
-    assert NAMES == ["demo/joint", *stages]
+    assert NAMES == ["demo/isolated", *stages]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -31,7 +32,8 @@ def test_recipe_is_valid_and_opens_with_its_command(name):
         assert (batch, recipe.max_train_steps) == (128, 3000)
         assert (recipe.data.height, recipe.data.width, recipe.data.num_frames) == (480, 832, 81)
         assert (recipe.alignment.weight, recipe.alignment.negative_weight, recipe.adapter.align_layers) == (1, 1, 9)
-        assert list(recipe.dropout.model_dump().values()) == [0.1, 0.1, 0.1]
+        assert dataclasses.astuple(recipe.dropout_shares()) == (0.1, 0.0, 0.0)
+        assert (recipe.adapter.attention, recipe.adapter.lora_scope) == ("isolated", "reference")
         assert "# ours" in next(
             line for line in recipe_path(name).read_text().splitlines() if "learning_rate:" in line
         )
@@ -60,13 +62,13 @@ def test_a_copy_names_its_copies(tmp_path):
     )
     assert load_recipe(copy) == load_recipe(recipe_path("wan2.1-t2v-1.3b/stage1"))
     assert (tmp_path / "mine" / "multi_gpu_bf16.yaml").is_file()
-    assert copy_recipe("demo/joint", tmp_path).name == "demo-joint.yaml"
+    assert copy_recipe("demo/isolated", tmp_path).name == "demo-isolated.yaml"
     with pytest.raises(UserError, match="exists already; choose another name"):
-        copy_recipe("demo/joint", tmp_path)
+        copy_recipe("demo/isolated", tmp_path)
 
 
 def test_unknown_recipe_is_told_with_those_there_are():
-    with pytest.raises(UserError, match=r"^recipe: there is no 'wan2.1-t2v-14b/stage'; choose one of demo/joint, "):
+    with pytest.raises(UserError, match=r"^recipe: there is no 'wan2.1-t2v-14b/stage'; choose one of demo/isolated, "):
         recipe_path("wan2.1-t2v-14b/stage")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 from ..config import RefAlignConfig
 from ..errors import UserError
 from ..export.adapter import save_adapter
+from ..export.formats import require_scope_all
 from ..export.hub import push_adapter
 from ..families.base import Family, load_family
 from .attention import ReferenceAttention
 from .fingerprint import Fingerprint
 from .isolated import IsolatedAttention
 from .joint import JointAttention
-from .lora import active_adapters, add_lora, lora_parameters, remove_lora, restore_trainable
-from .lora_scope import LoraScope, check_switched_on, dead_layers
+from .lora import active_adapters, add_lora, lora_parameters, remove_lora, restore_trainable, trainable_state
+from .lora_scope import LoraScope, dead_layers
 from .reference_cache import ReferenceCache
 from .state import BranchState, prepare_references
 
@@ -44,6 +46,8 @@ class ReferenceBranch:
         family: the DiT's family.
         adapter_name: the LoRA's name in PEFT.
         align_blocks: indices of the blocks whose reference tokens are captured.
+        fingerprint: called, says what besides the base decides the keys and values of references.
+        merged: whether the LoRA is part of the transformer's weights for good; set by whoever merges it.
     """
 
     def __init__(self, transformer: Any, config: RefAlignConfig, family: Family, adapter_name: str):
@@ -52,15 +56,17 @@ class ReferenceBranch:
         self.family = family
         self.adapter_name = adapter_name
         self.align_blocks = config.align_blocks(len(family.blocks(transformer)))
-        self._trainable_before: set[str] = set()
+        self.merged = False
+        self._trainable_before: dict[str, bool] = {}
         self._state = BranchState()
-        self._fingerprint = Fingerprint(transformer, adapter_name, config)
+        self._scope = LoraScope(transformer, adapter_name, config.lora_scope == "reference")
+        self.fingerprint = Fingerprint(self._scope, config)
         self._hooks = self._build_hooks()
         transformer.__dict__.setdefault(_MARK, {})[adapter_name] = self
+        _guard_saving(transformer)
 
     def _build_hooks(self) -> ReferenceAttention:
-        scope = LoraScope(self.adapter_name, self.config.lora_scope == "reference")
-        common = (self.transformer, self.family, self._state, scope, self.align_blocks)
+        common = (self.transformer, self.family, self._state, self._scope, self.align_blocks)
         if self.config.attention == "isolated":
             return IsolatedAttention(*common, reference_frame=self.config.reference_frame)
         return JointAttention(*common)
@@ -85,7 +91,7 @@ class ReferenceBranch:
         """
         if latents is None:
             return self._state.waiting(None)
-        check_switched_on(self.transformer, self.adapter_name)
+        self.check_switched_on()
         if isinstance(latents, ReferenceCache):
             return self._state.waiting(self._check_cache(latents))
         return self._state.waiting(prepare_references(latents, mask, tokens))
@@ -106,13 +112,13 @@ class ReferenceBranch:
         Raises:
             UserError: shapes that do not fit, joint attention, or an adapter that is switched off.
         """
-        check_switched_on(self.transformer, self.adapter_name)
+        self.check_switched_on()
         references = prepare_references(latents, mask, tokens)
         if references is None:
             return None
         with self._state.waiting(None):
             cache = self._hooks.cache(references, frames // self._hooks.patch_size[0])
-        return dataclasses.replace(cache, adapter=self._fingerprint(), adapter_name=self.adapter_name)
+        return dataclasses.replace(cache, adapter=self.fingerprint(), adapter_name=self.adapter_name)
 
     def _check_cache(self, cache: ReferenceCache) -> ReferenceCache:
         """Refuse keys and values that another adapter or base would read wrongly."""
@@ -121,12 +127,21 @@ class ReferenceBranch:
             raise UserError("references: joint attention reads no cached references; give it latents")
         if len(cache.keys) != blocks or cache.keys[0].shape[2:].numel() != self.family.hidden_size(self.transformer):
             raise UserError("references: cached with another base; encode them again")
-        if cache.adapter != self._fingerprint():
+        if cache.adapter != self.fingerprint():
             raise UserError(
                 f"references: cached with adapter {cache.adapter_name!r} of other weights or another strength; encode "
                 f"them again with {self.adapter_name!r}"
             )
         return cache
+
+    def check_switched_on(self) -> None:
+        """Refuse references while the adapter does not act.
+
+        Raises:
+            UserError: it is switched off, or its LoRA was taken off the transformer.
+        """
+        if not self.merged:
+            self._scope.check_switched_on()
 
     @property
     def capture(self) -> bool:
@@ -179,22 +194,52 @@ class ReferenceBranch:
         return push_adapter(self.save_pretrained, repo_id, private=private, token=token)
 
     def detach(self) -> None:
-        """Take hooks and LoRA off; the transformer is as it was before. A second call does nothing."""
+        """Take hooks and LoRA off; the transformer is as it was before. A second call does nothing.
+
+        Branches can go in any order: what one has frozen is given back with the last of them.
+        """
         branches = branches_of(self.transformer)
         if branches.get(self.adapter_name) is not self:
             return
+        later = list(branches.values())[list(branches).index(self.adapter_name) + 1 :]
+        trainable = trainable_state(self.transformer)
+        (later[0]._trainable_before if later else trainable).update(self._trainable_before)
         self._hooks.remove()
         self._state.latest = self._state.pending = None
         del branches[self.adapter_name]
         if not branches:
             delattr(self.transformer, _MARK)
+        _guard_saving(self.transformer)
         remove_lora(self.transformer, self.adapter_name)
-        restore_trainable(self.transformer, self._trainable_before)
+        restore_trainable(self.transformer, trainable)
 
 
 def branches_of(transformer: Any) -> dict[str, ReferenceBranch]:
     """The branches on `transformer` by their adapters' names, oldest first."""
     return getattr(transformer, _MARK, {})
+
+
+def _guard_saving(transformer: Any) -> None:
+    """While an adapter for references alone is there, its `save_lora_adapter` refuses to write that one.
+
+    It is diffusers' own, and what it writes is applied to all tokens by whoever reads it.
+    """
+    transformer.__dict__.pop("save_lora_adapter", None)
+    if any(branch.config.lora_scope != "all" for branch in branches_of(transformer).values()):
+        transformer.save_lora_adapter = partial(_save_lora_adapter, transformer)
+
+
+def _save_lora_adapter(transformer: Any, save_directory: Any, adapter_name: str = "default", **options: Any) -> None:
+    branch = branches_of(transformer).get(adapter_name)
+    if branch is not None:
+        require_scope_all(branch.config, "save_lora_adapter")
+    type(transformer).save_lora_adapter(transformer, save_directory, adapter_name, **options)
+
+
+def switched_on(transformer: Any) -> list[ReferenceBranch]:
+    """The branches whose adapters act, as `set_adapters` chooses, or are merged into the weights; oldest first."""
+    active = active_adapters(transformer)
+    return [branch for name, branch in branches_of(transformer).items() if name in active or branch.merged]
 
 
 def branch_of(transformer: Any) -> ReferenceBranch | None:
@@ -203,13 +248,7 @@ def branch_of(transformer: Any) -> ReferenceBranch | None:
     Raises:
         UserError: several are switched on.
     """
-    branches = branches_of(transformer)
-    if getattr(transformer, "peft_config", None):
-        switched_on = [branches[name] for name in active_adapters(transformer) if name in branches]
-        merged = [branch for name, branch in branches.items() if name not in transformer.peft_config]
-        found = [*switched_on, *merged]
-    else:
-        found = list(branches.values())
+    found = switched_on(transformer)
     if len(found) > 1:
         names = [branch.adapter_name for branch in found]
         raise UserError(
@@ -245,7 +284,7 @@ def attach(
     if branches_of(transformer):
         raise UserError("this transformer has a reference branch already; detach it first")
     found, config = fit_config(transformer, config or RefAlignConfig(), family)
-    before = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    before = trainable_state(transformer)
     excluded: list[str] = []
     if config.lora_scope == "reference":
         excluded = dead_layers(transformer, found, config.align_blocks(len(found.blocks(transformer))))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import RefAlignConfig
+from ..errors import UserError
 from .lora import lora_parameters
-from .lora_scope import lora_layers
+from .lora_scope import LoraScope
 
 FACTS = ("attention", "lora_scope", "reference_frame", "base")
 
@@ -21,31 +22,45 @@ class Fingerprint:
     They are rounded to bfloat16 first, so that the same adapter loaded in float32 and in bfloat16 has one fingerprint.
     """
 
-    def __init__(self, transformer: Any, adapter_name: str, config: RefAlignConfig):
-        self.transformer = transformer
-        self.adapter_name = adapter_name
+    def __init__(self, scope: LoraScope, config: RefAlignConfig):
+        self.scope = scope
         self.facts = {name: getattr(config, name) for name in FACTS}
         self._versions: list[tuple[int, int]] | None = None
         self._weights = ""
 
     def __call__(self) -> str:
-        """Hexadecimal; the same for the same weights, strength and configuration."""
-        strengths = [
-            layer.scaling[self.adapter_name]
-            for layer in lora_layers(self.transformer)
-            if self.adapter_name in getattr(layer, "scaling", ())
-        ]
+        """Hexadecimal; the same for the same weights, strength and configuration.
+
+        Raises:
+            UserError: the weights are not there to be read, see `_hash_weights`.
+        """
+        strengths = [layer.scaling[self.scope.adapter_name] for layer in self.scope.layers]
         facts = json.dumps([self.facts, self._hash_weights(), strengths], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def _hash_weights(self) -> str:
-        parameters = dict(lora_parameters(self.transformer, self.adapter_name))
-        versions = [(id(parameter), parameter._version) for parameter in parameters.values()]
+        weights = self._parameters()
+        if any(weight.is_meta for weight in weights):  # accelerate's sequential offloading keeps them elsewhere
+            if not self._weights:
+                raise UserError(
+                    "references: the adapter's weights are offloaded; attach it before sequential offloading begins"
+                )
+            return self._weights
+        versions = [(id(weight), weight._version) for weight in weights]
         if versions != self._versions:
-            digest = hashlib.sha256()
-            for name in sorted(parameters):
-                rounded = parameters[name].detach().to("cpu", torch.bfloat16).contiguous()
-                digest.update(name.replace(f".{self.adapter_name}.", ".").encode())
-                digest.update(rounded.view(torch.uint8).numpy().tobytes())
-            self._versions, self._weights = versions, digest.hexdigest()
+            self._versions, self._weights = versions, self._digest()
         return self._weights
+
+    def _parameters(self) -> list[nn.Parameter]:
+        name = self.scope.adapter_name
+        parts = (part for layer in self.scope.layers for part in (layer.lora_A[name], layer.lora_B[name]))
+        return [weight for part in parts for weight in part.parameters()]
+
+    def _digest(self) -> str:
+        name = self.scope.adapter_name
+        digest = hashlib.sha256()
+        for path, weight in sorted(lora_parameters(self.scope.transformer, name)):
+            rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(path.replace(f".{name}.", ".").encode())
+            digest.update(rounded.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

@@ -67,7 +67,7 @@ def add_lora(
         exclude_modules=list(excluded) or None,
     )
     others = active_adapters(transformer)
-    trainable = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+    trainable = trainable_state(transformer)
     try:
         with _seeded(seed):
             transformer.add_adapter(lora, adapter_name=adapter_name)
@@ -84,18 +84,39 @@ def add_lora(
             parameter.data = parameter.data.float()
 
 
-def restore_trainable(transformer: Any, trainable: set[str]) -> None:
-    """Make exactly the parameters named in `trainable` require gradients."""
+def trainable_state(transformer: Any) -> dict[str, bool]:
+    """Which parameters require gradients, by their names without PEFT's wrappers."""
+    return {_unwrapped(name): parameter.requires_grad for name, parameter in transformer.named_parameters()}
+
+
+def restore_trainable(transformer: Any, state: dict[str, bool]) -> None:
+    """Undo what has become trainable or frozen since `trainable_state`; parameters that are new stay as they are."""
     for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_(name in trainable)
+        parameter.requires_grad_(state.get(_unwrapped(name), parameter.requires_grad))
+
+
+def _unwrapped(name: str) -> str:
+    return name.replace(".base_layer.", ".")
 
 
 def remove_lora(transformer: Any, adapter_name: str) -> None:
-    """Delete one adapter; with the last one gone, the original modules are back in place."""
+    """Delete one adapter; layers that carried no other are the original modules again, and others act as before."""
     others = [name for name in active_adapters(transformer) if name != adapter_name]
-    if set(getattr(transformer, "peft_config", ())) - {adapter_name}:
-        transformer.delete_adapters(adapter_name)
-        if others:
-            transformer.set_adapter(others)
-    else:
+    if not set(getattr(transformer, "peft_config", ())) - {adapter_name}:
         transformer.unload_lora()
+        return
+    transformer.set_adapter(others)  # before: PEFT would switch on one that is off in the place of the last that acts
+    _unwrap_layers(transformer, adapter_name)  # before: diffusers renews group offloading after its deletion
+    transformer.delete_adapters(adapter_name)
+
+
+def _unwrap_layers(transformer: Any, adapter_name: str) -> None:
+    """Put the original modules back where the adapter is the only one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(transformer.named_modules()):
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if {key for kind in layer.adapter_layer_names for key in getattr(layer, kind)} <= {adapter_name}:
+            parent, _, child = name.rpartition(".")
+            setattr(transformer.get_submodule(parent), child, layer.get_base_layer())

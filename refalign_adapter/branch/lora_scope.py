@@ -33,13 +33,41 @@ class LoraScope:
     other passes everything acts that is switched on, but for the adapter itself if it is for references alone.
 
     Args:
+        transformer: the DiT that carries it.
         adapter_name: the adapter's name in PEFT.
         reference_only: whether it acts on reference tokens alone.
     """
 
-    def __init__(self, adapter_name: str, reference_only: bool):
+    def __init__(self, transformer: Any, adapter_name: str, reference_only: bool):
+        self.transformer = transformer
         self.adapter_name = adapter_name
         self.reference_only = reference_only
+        self._layers: list[Any] = []
+
+    @property
+    def layers(self) -> list[Any]:
+        """PEFT's layers that carry the adapter; kept, as a walk over all modules in every pass would show."""
+        if not self._layers or self.adapter_name not in self._layers[0].lora_A:
+            carrying = (layer for layer in lora_layers(self.transformer) if hasattr(layer, "lora_A"))
+            self._layers = [layer for layer in carrying if self.adapter_name in layer.lora_A]
+        return self._layers
+
+    def check_switched_on(self) -> None:
+        """Refuse references while their adapter does not act.
+
+        Raises:
+            UserError: by `set_adapters` or `disable_lora`, or its LoRA was taken off behind its back.
+        """
+        name = self.adapter_name
+        if name not in (getattr(self.transformer, "peft_config", None) or {}):
+            raise UserError(
+                f"references: the LoRA of adapter {name!r} was taken off its transformer; call unload() on the "
+                "pipeline, or detach() on the branch, and load the adapter again"
+            )
+        off = not any(name in layer.active_adapters for layer in self.layers[:1])
+        if off or any(layer.disable_adapters for layer in self.layers):
+            how = f"set_adapters({name!r})" if off else "enable_lora()"
+            raise UserError(f"references: adapter {name!r} is switched off; call {how}, or leave references out")
 
     @contextmanager
     def passing(self, module: nn.Module, references: bool) -> Iterator[None]:
@@ -55,7 +83,9 @@ class LoraScope:
         if not (references or self.reference_only):
             yield
             return
-        changed = list(self._switch(lora_layers(module), references))
+        whole_video = module is self.transformer and not references
+        layers = self.layers if whole_video else lora_layers(module)
+        changed = list(self._switch(layers, references))
         try:
             yield
         finally:
@@ -74,20 +104,6 @@ class LoraScope:
             if mine != layer.active_adapters:
                 setattr(layer, ATTRIBUTE, mine)
                 yield layer, before
-
-
-def check_switched_on(transformer: Any, adapter_name: str) -> None:
-    """Refuse references while their adapter is switched off.
-
-    Raises:
-        UserError: by `set_adapters` or `disable_lora`. Without PEFT the adapter is merged into the weights.
-    """
-    if not getattr(transformer, "peft_config", None):
-        return
-    off = adapter_name not in transformer.active_adapters()
-    if off or any(layer.disable_adapters for layer in lora_layers(transformer)):
-        how = f"set_adapters({adapter_name!r})" if off else "enable_lora()"
-        raise UserError(f"references: adapter {adapter_name!r} is switched off; call {how}, or leave references out")
 
 
 def dead_layers(transformer: Any, family: Family, align_blocks: tuple[int, ...]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..config import RefAlignConfig
+from .formats import format_of
 
 REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 UNKNOWN_BASE = "path/to/the/base"
@@ -40,6 +41,14 @@ video = pipe(
 write_video("beach.mp4", video, fps=16)
 """
 
+STOCK_USAGE = """
+diffusers itself loads the LoRA too, and applies it in the same way, but takes no reference images then:
+
+```python
+base.load_lora_weights("{adapter}")  # in place of ra.load_adapter
+```
+"""
+
 BODY = """\
 {front}
 # Reference-to-video adapter{for_base}
@@ -57,23 +66,35 @@ With the Python package `refalign-adapter`:
 
 `reference_images` takes paths, PIL images or arrays, for several prompts one list each. A step runs the transformer
 three times; twice when one of the two guidance scales is 1 or both are equal, once when both are 1.
-
+{stock_usage}
 ## Configuration
 
 {table}
 
 Written out in `refalign_config.json`; the LoRA's own fields are in the metadata of
-`pytorch_lora_weights.safetensors` too.
+`{file_name}` too.
 
 ## Limits
 
-- It fits bases of one shape only: {base_facts}. Others are refused.
-- diffusers loads the LoRA without refalign-adapter (`load_lora_weights`) and applies it in the same way, but takes no
-  reference images then.
-- It changes the base: with the adapter loaded, videos without references differ from the base's.
-- References take part in attention as further frames, so each one costs about as much as one more latent frame.
+{limits}
 - No evaluation is recorded in this card.
 """
+
+SCOPE_LIMITS = {
+    "all": ("It changes the base: with the adapter loaded, videos without references differ from the base's.",),
+    "reference": (
+        "Only `load_adapter` loads it: the LoRA acts on reference tokens alone, and a loader that knows nothing of "
+        "that would apply it to video tokens too. `load_lora_weights` of diffusers refuses the file.",
+        "For the same reason it cannot be fused into the base's weights, nor converted into a LoRA for other tools.",
+        "Without references it does nothing: videos are the base's own, and other LoRAs keep their effect.",
+    ),
+}
+COSTS = {
+    "joint": "References take part in attention as further frames, so each one costs about as much as one more latent "
+    "frame.",
+    "isolated": "References run through the transformer once per video; every step then reads their keys and values, "
+    "which take memory.",
+}
 
 
 def model_card(config: RefAlignConfig, adapter: str = ".") -> str:
@@ -88,9 +109,17 @@ def model_card(config: RefAlignConfig, adapter: str = ".") -> str:
         front=_front_matter(config, base),
         for_base=f" for {base}" if base else "",
         usage=USAGE.format(base=base or UNKNOWN_BASE, adapter=adapter),
+        stock_usage=STOCK_USAGE.format(adapter=adapter) if config.lora_scope == "all" else "",
         table=_table(config),
-        base_facts=", ".join(f"{name} {value}" for name, value in config.base.items()) or "the one it was trained on",
+        file_name=format_of(config).file_name,
+        limits="\n".join(f"- {line}" for line in _limits(config)),
     )
+
+
+def _limits(config: RefAlignConfig) -> list[str]:
+    facts = ", ".join(f"{name} {value}" for name, value in config.base.items()) or "the one it was trained on"
+    lines = [f"It fits bases of one shape only: {facts}. Others are refused."]
+    return [*lines, *SCOPE_LIMITS[config.lora_scope], COSTS[config.attention]]
 
 
 def _hub_id(name: str | None) -> str | None:
@@ -99,12 +128,17 @@ def _hub_id(name: str | None) -> str | None:
 
 
 def _front_matter(config: RefAlignConfig, base: str | None) -> str:
-    family = config.base.get("family")
+    """What the Hub reads. `diffusers` and `lora` make it show how to load the repository with diffusers alone."""
+    family, stock = config.base.get("family"), config.lora_scope == "all"
     values: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
-        "library_name": "diffusers",
+        "library_name": "diffusers" if stock else "refalign-adapter",
         "pipeline_tag": "text-to-video",
-        "tags": ["lora", "reference-to-video", "refalign", "refalign-adapter", *([family] if family else [])],
+        "tags": [
+            *(["lora"] if stock else []),
+            *("reference-to-video", "refalign", "refalign-adapter"),
+            *([family] if family else []),
+        ],
     }
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
 
@@ -114,6 +148,7 @@ def _table(config: RefAlignConfig) -> str:
     rows = {
         "attention": config.attention,
         "LoRA scope": config.lora_scope,
+        **_reference_rows(config),
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "target modules": f"`{modules}`" if isinstance(modules, str) else ", ".join(modules or ("the family's own",)),
@@ -123,6 +158,18 @@ def _table(config: RefAlignConfig) -> str:
     }
     cells = ((name, str(value).replace("|", "\\|")) for name, value in rows.items())
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
+
+
+def _reference_rows(config: RefAlignConfig) -> dict[str, Any]:
+    """What only isolated references have."""
+    if config.attention != "isolated":
+        return {}
+    frame, scale = config.reference_frame, config.reference_scale
+    return {
+        "first reference's frame": "the one after the video" if frame is None else frame,
+        "reference canvas": "the video's" if scale == 1 else f"{scale:g} of the video's height and width",
+        "white padding": "left out" if config.drop_background else "kept",
+    }
 
 
 def _teacher_name(name: str) -> str:

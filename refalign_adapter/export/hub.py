@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import RefAlignConfig
 from ..errors import UserError
+from .adapter import FILE_NAMES
 from .card import model_card
+from .formats import format_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -19,6 +21,8 @@ def push_adapter(
     save: Callable[[Path], Any], repo_id: str, *, private: bool = False, token: str | None = None
 ) -> CommitInfo:
     """Write an adapter folder, create the model repository if there is none, and upload; one commit.
+
+    Of what the repository holds, the weights file of an adapter of the other scope is deleted.
 
     Args:
         save: writes the adapter into the folder it is given, such as `branch.save_pretrained`.
@@ -37,12 +41,18 @@ def push_adapter(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
         save(folder)
-        card = model_card(RefAlignConfig.load(folder), repo_id)
+        config = RefAlignConfig.load(folder)
+        card = model_card(config, repo_id)
         (folder / "README.md").write_text(card, encoding="utf-8")
         api = HfApi(token=token)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter")
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message="Upload adapter",
+                delete_patterns=[name for name in FILE_NAMES if name != format_of(config).file_name],
+            )
         except refusals as error:
             raise UserError(f"repo_id: cannot push to {repo_id!r} ({_reason(error)})") from None
 

@@ -1,65 +1,117 @@
 """What all reference pipelines have in common: the branch, checks of their inputs, encoded references, unloading.
 
-Shape letters: B prompts, C latent channels, M references (padded to the largest number among the prompts), H and W the
-video's height and width in pixels, h and w its latents'.
+Shape letters: B prompts, C latent channels, M references (padded to the largest number among the prompts), h and w a
+reference's latent height and width.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..branch.attach import ReferenceBranch
-from ..branch.lora import restore_trainable
+from ..branch.attach import branches_of
+from ..branch.reference_cache import ReferenceCache
+from ..data.references import reference_size
 from ..errors import ConfigError, UserError
-from .references import group_by_prompt, load_canvases
+from ..families.base import Family
+from .adapters import NamedAdapters
+from .attention_backends import DIFFERENT, LEFT_OUT, check_mask
+from .conditions import EncodedReferences
+from .fusing import check_fusible
+from .references import FIELD, Canvases, count_prompts, group_by_prompt, load_canvases
+from .step_caches import check_step_cache, prefill_context, reset_step_cache
 
 MAX_REFERENCES = 8
 
 
-class ReferencePipeline:
+class ReferencePipeline(NamedAdapters):
     """Mixed into a diffusers pipeline class. `load_adapter` makes it; it shares the given pipeline's components.
 
     Attributes:
-        branch: references into the transformer; None once unloaded.
-        changes: what loading changed in the shared components, one sentence each.
         max_references: most references a prompt may have. Each takes the memory and time of one more latent frame; the
             limit is there to catch slips and can be raised.
     """
 
-    branch: ReferenceBranch | None = None
-    changes: tuple[str, ...] = ()
     max_references: int = MAX_REFERENCES
-    transformer: Any
     vae: Any
-    _trainable_before: frozenset[str] = frozenset()
 
-    def unload(self) -> None:
-        """Take LoRA and hooks off the shared transformer: the pipeline given to `load_adapter` is as it was before.
+    @torch.no_grad()
+    def encode_references(
+        self, images: Any, height: int = 480, width: int = 832, num_frames: int = 81
+    ) -> ReferenceCache:
+        """Run references through the transformer once, for any number of `pipe(prompt, reference_cache=...)`.
 
-        Bit by bit, unless the LoRA was fused in between, which rounds. After `merge_and_unload` only the hooks are
-        taken off, as the base's own weights are gone. A second call does nothing.
+        Keys and values depend on no prompt, seed, number of steps or scale (isolated attention). They do on the
+        adapter, its weight and the base and, unless the adapter has a `reference_frame`, on `num_frames`.
+
+        Args:
+            images: as `reference_images` of a call. One list of images serves any prompts; a list of such lists as
+                many prompts as it has.
+            height, width, num_frames: of the videos.
+
+        Returns:
+            Keys and values on the transformer's device; they can be moved, saved and loaded, and say their bytes.
+
+        Raises:
+            UserError: bad input, in one line per problem, before any model runs; or joint attention, which runs
+                references along with the video.
         """
-        if self.branch is None:
-            return
-        branch, self.branch, self.changes = self.branch, None, ()
-        if is_merged(branch.transformer, branch.adapter_name):
-            self.unfuse_lora()  # type: ignore[attr-defined]  # of diffusers' LoRA mixin
-        branch.detach()
-        restore_trainable(branch.transformer, set(self._trainable_before))
+        with self._claimed():
+            attention = self._reference_branch().config.attention
+            if attention != "isolated":
+                raise UserError(
+                    f"{FIELD}: attention {attention!r} runs references along with the video and has nothing to keep "
+                    "of them; pass them to each call, or train an adapter with attention='isolated'"
+                )
+            self._check_numbers(height, width, num_frames)
+            references = self._read_references(images, count_prompts(images), height, width)
+            if references is None:
+                raise UserError(f"{FIELD}: give at least one image to encode")
+            self._check_settings(references)
+            with self._cleaned_up():
+                cache = self._encode(references, num_frames).given
+        assert isinstance(cache, ReferenceCache)
+        return cache
 
-    def _loaded_branch(self) -> ReferenceBranch:
-        if self.branch is None:
-            raise UserError("pipe: no reference adapter is loaded (any more); call load_adapter(pipe, ...)")
-        return self.branch
+    def fuse_lora(
+        self,
+        components: Any = ("transformer",),
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add LoRAs to the weights, to be taken out again by `unfuse_lora`; as in diffusers.
+
+        Raises:
+            UserError: one of them acts on references alone.
+        """
+        check_fusible(self.transformer, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        super().fuse_lora(  # type: ignore[misc]  # of diffusers' LoRA mixin
+            list(components), lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names, **kwargs
+        )
+
+    def _velocity(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, attention_kwargs: dict[str, Any] | None
+    ) -> Tensor:
+        """One call of the transformer: latents (B, C, F, H, W), a scalar timestep, text (B, S, D) to a velocity."""
+        raise NotImplementedError
+
+    def _multiples(self) -> tuple[int, int, int]:
+        """(t, h, w): frames are k · t + 1, height a multiple of h and width of w, in pixels."""
+        branch = self._loaded_branch()
+        return branch.family.size_multiples(self, branch.family.patch_size(branch.transformer))
 
     def _check_numbers(self, height: int, width: int, frames: int, **counts: int) -> None:
         """Refuse sizes that the model cannot cut into tokens, and counts below 1; all at once."""
-        branch = self._loaded_branch()
-        patch_size = branch.family.patch_size(branch.transformer)
-        time, rows, columns = branch.family.size_multiples(self, patch_size)
+        time, rows, columns = self._multiples()
         problems = [f"{name} must be at least 1, got {value}" for name, value in counts.items() if value < 1]
         if frames < 1 or (frames - 1) % time:
             near = max(0, round((frames - 1) / time)) * time + 1
@@ -71,27 +123,141 @@ class ReferencePipeline:
         if problems:
             raise ConfigError(problems)
 
-    def _read_references(self, images: Any, prompts: int, height: int, width: int) -> tuple[Tensor, Tensor] | None:
-        """Canvases (B, M, 3, H, W) and mask (B, M), see `load_canvases`; None without any reference."""
+    def _read_references(self, images: Any, prompts: int, height: int, width: int) -> Canvases | None:
+        """Canvases of the size that the adapter takes for a video of height and width; None without any reference."""
         groups = group_by_prompt(images, prompts, self.max_references)
-        return None if groups is None else load_canvases(groups, height, width)
+        if groups is None:
+            return None
+        config, (_, rows, columns) = self._reference_branch().config, self._multiples()
+        height, width = reference_size(height, width, config.reference_scale, (rows, columns))
+        grid = (height // rows, width // columns) if config.drop_background else None
+        return load_canvases(groups, height, width, grid)
 
-    def _encode_references(self, canvases: Tensor, mask: Tensor) -> Tensor:
-        """(B, M, 3, H, W) canvases to (B, C, M, h, w) normalised latents, zero where padded.
+    def _read_given(
+        self, images: Any, cache: Any, prompts: int, size: tuple[int, int, int]
+    ) -> Canvases | ReferenceCache | None:
+        """References as a call gives them, images or keys and values, for videos of size (frames, height, width)."""
+        if cache is None:
+            return self._read_references(images, prompts, *size[1:])
+        if images is not None:
+            raise UserError(f"{FIELD}: give either {FIELD} or reference_cache, which was made of some")
+        return self._check_cache(cache, prompts, size[0])
+
+    def _check_cache(self, cache: Any, prompts: int, frames: int) -> ReferenceCache:
+        """Refuse cached references that are for something else."""
+        if not isinstance(cache, ReferenceCache):
+            raise UserError(
+                f"reference_cache: expected what encode_references returns, got {type(cache).__name__}; "
+                "ReferenceCache.load(path) reads a saved one"
+            )
+        self._reference_branch().references(cache)  # checks adapter and base
+        wanted = (frames - 1) // self._multiples()[0] + 1
+        if cache.frames not in (None, wanted):
+            raise UserError(
+                f"reference_cache: made for videos of {cache.frames} latent frames, num_frames {frames} gives "
+                f"{wanted}; call encode_references(..., num_frames={frames})"
+            )
+        if len(cache) not in (1, prompts):
+            raise UserError(
+                f"reference_cache: made for {len(cache)} prompts, got {prompts}; encode one list of images per "
+                "prompt, or a single one for all"
+            )
+        return cache
+
+    def _check_settings(
+        self, references: Canvases | ReferenceCache, attention_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Refuse settings of the transformer with which references would go wrong."""
+        branch = self._reference_branch()
+        check_step_cache(self.transformer)
+        if branch.config.attention == "isolated" and (attention_kwargs or {}).get("scale", 1) != 1:
+            raise UserError(
+                "attention_kwargs: 'scale' does not reach references with attention 'isolated', as their keys and "
+                "values are made once; weigh adapters with set_adapters(names, weights)"
+            )
+        if isinstance(references, ReferenceCache):
+            leaves_out, differ = False, references.mask is not None
+        else:
+            leaves_out, differ = references.leaves_out, references.differ
+        if leaves_out or differ:
+            check_mask(self.transformer, branch.family, DIFFERENT if differ else LEFT_OUT)
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Have the transformer to this thread: a pass of another one would switch LoRAs in the middle of ours.
+
+        Raises:
+            UserError: another thread uses it with references; or no adapter is loaded.
+        """
+        self._loaded_branch()
+        with ExitStack() as claims:
+            for branch in branches_of(self.transformer).values():
+                claims.enter_context(branch.references(None))
+            yield
+
+    @contextmanager
+    def _cleaned_up(self) -> Iterator[None]:
+        """Let go of what models, step caches and branches keep, come what may."""
+        reset_step_cache(self.transformer)
+        try:
+            yield
+        finally:
+            for branch in branches_of(self.transformer).values():
+                branch.clear()
+            self._current_timestep = None
+            self.maybe_free_model_hooks()  # type: ignore[attr-defined]  # of diffusers' pipeline
+
+    def _encode(self, references: Canvases | ReferenceCache, frames: int) -> EncodedReferences:
+        """What passes are given: latents, or, with isolated attention, keys and values for videos of `frames`."""
+        if isinstance(references, ReferenceCache):
+            return EncodedReferences(references)
+        branch = self._reference_branch()
+        device = self._execution_device  # type: ignore[attr-defined]  # of diffusers' pipeline
+        latents = self._encode_canvases(references).to(device, self.transformer.dtype)
+        mask = None if references.mask.all() else references.mask.to(device)  # some attention kernels take no mask
+        if branch.config.attention == "joint":
+            return EncodedReferences(latents, mask)
+        latent_frames = (frames - 1) // self._multiples()[0] + 1
+        # Once per video, compiled blocks would only get further graphs, one for each number of references.
+        with prefill_context(self.transformer), torch.compiler.set_stance("force_eager"):
+            cache = branch.encode_references(latents, mask, references.tokens, frames=latent_frames)
+        assert cache is not None, "groups without an image are None before"
+        return EncodedReferences(cache)
+
+    def _encode_canvases(self, references: Canvases) -> Tensor:
+        """(B, C, M, h, w) normalised latents, zero where padded.
 
         One image at a time, which bounds memory; the same image is the same latent in any company.
         """
         family = self._loaded_branch().family
         if (hook := getattr(self.vae, "_hf_hook", None)) is not None:
             hook.pre_forward(self.vae)  # offloaded, it comes to its device only when called; families ask where it is
-        places = mask.nonzero().tolist()
-        encoded = [family.encode_images(self, canvases[b, m].unsqueeze(0))[0] for b, m in places]
-        latents = torch.zeros(*mask.shape, *encoded[0].shape, device=encoded[0].device)
+        places = references.mask.nonzero().tolist()
+        encoded = [family.encode_images(self, references.pixels[b, m].unsqueeze(0))[0] for b, m in places]
+        latents = torch.zeros(*references.mask.shape, *encoded[0].shape, device=encoded[0].device)
         for (b, m), latent in zip(places, encoded, strict=True):
             latents[b, m] = latent
         return latents.transpose(1, 2)
 
 
-def is_merged(transformer: Any, adapter_name: str) -> bool:
-    """Whether the adapter is fused into the base's weights."""
-    return any(adapter_name in getattr(module, "merged_adapters", ()) for module in transformer.modules())
+def build_pipeline(pipe: Any, family: Family, **replaced: Any) -> Any:
+    """The family's reference pipeline with the components and settings of `pipe`; diffusers' `from_pipe` would cast
+    them to float32.
+
+    Args:
+        pipe: a pipeline of the family.
+        family: the family.
+        replaced: components to take instead of its own.
+
+    Raises:
+        UserError: the family has no reference pipeline.
+    """
+    if find_spec(f"{__package__}.{family.key}") is None:
+        raise UserError(
+            f"pipe: there is no reference pipeline for {family.key!r}; use attach() and branch.references()"
+        )
+    pipeline_class = import_module(f"{__package__}.{family.key}").PIPELINE
+    components = {**pipe.components, **replaced}
+    names = inspect.signature(pipeline_class.__init__).parameters
+    settings = {name: pipe.config[name] for name in names if name in pipe.config and name not in components}
+    return pipeline_class(**components, **settings)

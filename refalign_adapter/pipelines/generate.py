@@ -13,8 +13,9 @@ import torch
 
 from ..data.video import write_video
 from ..errors import ConfigError, UserError
-from ..export.adapter import WEIGHTS_NAME, find_adapter
+from ..export.adapter import find_adapter, weights_path
 from ..files import read_json, require_writable_folder, write_json
+from .guidance import ALL_STEPS
 from .options import GenerateOptions, check_models, load_pipeline, process_device
 from .prompts import Prompt, read_prompts, reference_problems
 
@@ -117,6 +118,8 @@ def _generate(pipe: Any, options: GenerateOptions, row: Prompt, seed: int, path:
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,
         image_guidance_scale=options.image_guidance_scale,
+        guidance_interval=options.guidance_interval,
+        batch_guidance=options.batch_guidance,
         generator=torch.Generator().manual_seed(seed),  # of the CPU: the same noise on every device
     ).frames[0]
     write_video(path, frames, fps=options.fps)
@@ -124,10 +127,10 @@ def _generate(pipe: Any, options: GenerateOptions, row: Prompt, seed: int, path:
 
 def _describe(options: GenerateOptions) -> dict[str, Any]:
     """What decides a folder's videos. The adapter by its weights too: it may have been trained again in its place."""
-    values = dataclasses.asdict(options)
-    for name in ("device", "offload", "max_references"):
+    values = dataclasses.asdict(options) | {"guidance_interval": list(options.guidance_interval)}  # as JSON has it
+    for name in ("device", "offload", "max_references", "batch_guidance"):
         del values[name]
-    with (find_adapter(options.adapter, revision=options.adapter_revision) / WEIGHTS_NAME).open("rb") as file:
+    with weights_path(find_adapter(options.adapter, revision=options.adapter_revision)).open("rb") as file:
         values["adapter_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return values
 
@@ -139,7 +142,7 @@ def _check_folder(folder: Path, made_with: dict[str, Any], resumed: bool) -> Non
         if resumed:
             raise UserError(f"output: {str(folder)!r} holds other videos of these keys; choose another folder")
         return
-    before = read_json(path, "output")
+    before = {"guidance_interval": list(ALL_STEPS)} | read_json(path, "output")  # older folders do not say
     names = [name for name in made_with if before.get(name) != made_with[name]]
     if names and resumed:
         differences = "; ".join(f"{name} {before.get(name)!r}, now {made_with[name]!r}" for name in names)

@@ -14,6 +14,9 @@ This is a weighted sum of predictions; a pass whose weight is 0 is not run. That
     one            both 1: ε(text,ref)
 
 Without references it is classifier-free guidance by s_txt, in two passes or, at 1, in one; s_img plays no part.
+
+Guidance can be left to an interval of the steps (Kynkäänniemi et al., arXiv 2404.07724); the others run ε(text,ref)
+alone. With an adapter that acts on references alone, ε(∅,∅) and ε(text,∅) are the base model's own.
 """
 
 from __future__ import annotations
@@ -21,21 +24,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 
+ALL_STEPS = (0.0, 1.0)
+
 
 @dataclass(frozen=True)
 class GuidancePass:
-    """One call of the transformer in a step.
+    """One prediction of a step.
 
     Attributes:
         text: whether it sees the prompt; else the negative prompt.
         references: whether it sees the references.
-        weight: of its prediction; the weights of a step add up to 1.
+        weight: of the prediction; the weights of a step add up to 1.
     """
 
     text: bool
@@ -48,8 +54,39 @@ class GuidancePass:
         return f"{'text' if self.text else 'negative'}_{'references' if self.references else 'alone'}"
 
 
-def check_scales(guidance_scale: float, image_guidance_scale: float) -> None:
-    """Refuse scales that mean nothing.
+Call = tuple[GuidancePass, ...]
+"""Passes that one call of the transformer runs as a larger batch; all of them see the references, or none does."""
+
+
+@dataclass(frozen=True)
+class GuidancePlan:
+    """Which calls of the transformer each step makes.
+
+    Attributes:
+        guided: the calls of a step inside the interval.
+        unguided: of a step outside of it: the fully conditioned pass.
+        interval: [start, stop), shares of the steps.
+    """
+
+    guided: tuple[Call, ...]
+    unguided: tuple[Call, ...]
+    interval: tuple[float, float] = ALL_STEPS
+
+    def calls(self, index: int, steps: int) -> tuple[Call, ...]:
+        """The calls of step `index` of `steps`, counted from 0."""
+        start, stop = self.interval
+        return self.guided if start <= index / steps < stop else self.unguided
+
+    @property
+    def needs_negative(self) -> bool:
+        """Whether any pass sees the negative prompt."""
+        return any(not item.text for call in self.guided for item in call)
+
+
+def check_scales(
+    guidance_scale: float, image_guidance_scale: float, guidance_interval: Sequence[float] = ALL_STEPS
+) -> None:
+    """Refuse scales and intervals that mean nothing.
 
     Raises:
         ConfigError: every problem.
@@ -61,6 +98,11 @@ def check_scales(guidance_scale: float, image_guidance_scale: float) -> None:
         problems.append(
             f"image_guidance_scale must be at least 0; 1 turns it off and less weakens the references, "
             f"got {image_guidance_scale}"
+        )
+    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
+        problems.append(
+            "guidance_interval must be two shares of the steps, start below stop, both in [0, 1], "
+            f"got {tuple(guidance_interval)}"
         )
     if problems:
         raise ConfigError(problems)
@@ -89,8 +131,35 @@ def guidance_passes(
     return tuple(GuidancePass(*conditions, weight) for conditions, weight in weights.items() if weight != 0)
 
 
+def plan_guidance(
+    guidance_scale: float,
+    image_guidance_scale: float,
+    *,
+    references: bool,
+    interval: Sequence[float] = ALL_STEPS,
+    batch: bool = False,
+) -> GuidancePlan:
+    """Choose the calls of all steps.
+
+    Args:
+        guidance_scale, image_guidance_scale: as in `guidance_passes`, inside the interval; 1 outside of it.
+        references: whether there are any.
+        interval: [start, stop), shares of the steps.
+        batch: whether passes that see the references share a call, and likewise those that do not.
+    """
+    passes = guidance_passes(guidance_scale, image_guidance_scale, references)
+    if batch:
+        guided = tuple(tuple(group) for _, group in groupby(passes, lambda item: item.references))
+    else:
+        guided = tuple((item,) for item in passes)
+    return GuidancePlan(guided, (guidance_passes(1, 1, references),), (interval[0], interval[1]))
+
+
 def combine(predictions: Sequence[Tensor], passes: Sequence[GuidancePass]) -> Tensor:
     """The guided prediction: the weighted sum, in float32 at least, as weights of several times 1 cancel.
+
+    Without references it is diffusers' classifier-free guidance, in the predictions' own type, so that a transformer
+    which is the base's makes the very video that the base's pipeline makes.
 
     Args:
         predictions: one per pass, of one shape.
@@ -98,6 +167,8 @@ def combine(predictions: Sequence[Tensor], passes: Sequence[GuidancePass]) -> Te
     """
     if len(passes) == 1:
         return predictions[0]
+    if not passes[-1].references:
+        return predictions[0] + passes[1].weight * (predictions[1] - predictions[0])
     dtype = torch.promote_types(predictions[0].dtype, torch.float32)
     # As differences of neighbours, like the formula above: equal predictions then give exactly themselves.
     guided, passed = predictions[0].to(dtype), passes[0].weight

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..branch.attach import ADAPTER_NAME, ReferenceBranch, branch_of, fit_config
-from ..branch.lora import active_adapters, remove_lora, restore_trainable
+from ..branch.attach import ADAPTER_NAME, ReferenceBranch, branches_of, fit_config, switched_on
+from ..branch.lora import active_adapters, remove_lora, restore_trainable, trainable_state
+from ..branch.lora_scope import lora_layers
 from ..config import RefAlignConfig
 from ..errors import UserError
 from ..export.adapter import find_adapter, load_weights
 from ..families.base import Family, load_family
+from .adapters import switch_on
+from .base import build_pipeline
 from .weights import check_scale, check_weights
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,14 @@ def load_adapter(
     the shared transformer changes, and with it what `pipe` generates: the returned pipeline's `changes` tell how, and
     its `unload()` undoes it. Switch offloading on in the returned pipeline, not in `pipe`.
 
+    A transformer can carry several reference adapters of any kinds. The one that was loaded last is switched on, those
+    before it off; `set_adapters` switches, in any pipeline that shares the transformer.
+
     Args:
-        pipe: a diffusers pipeline of a family's text-to-video class, such as `WanPipeline`.
+        pipe: a diffusers pipeline of a family's text-to-video class, such as `WanPipeline`, or what `load_adapter`
+            returned.
         source: an adapter folder, or a Hub id.
-        adapter_name: the LoRA's name in PEFT; other LoRAs stay loaded and switched on as they are.
+        adapter_name: the LoRA's name in PEFT; other LoRAs but reference adapters stay switched on as they are.
         revision, token: of the Hub.
 
     Returns:
@@ -47,36 +51,39 @@ def load_adapter(
         UserError: no adapter there, a pickle, one made for another base, weights that do not fit, or a pipeline that
             cannot take it. `pipe` is then as it was.
     """
-    family, pipeline_class = _check_pipeline(pipe, adapter_name)
+    family = _check_pipeline(pipe, adapter_name)
     folder = find_adapter(source, revision=revision, token=token)
     transformer = pipe.transformer
     _, config = fit_config(transformer, RefAlignConfig.load(folder))
     check_weights(transformer, folder, config)
-    others = active_adapters(transformer)
-    trainable = frozenset(name for name, parameter in transformer.named_parameters() if parameter.requires_grad)
+    made = build_pipeline(pipe, family)
+    trainable, active = trainable_state(transformer), active_adapters(transformer)
+    older = [branch.adapter_name for branch in switched_on(transformer)]
     try:
         load_weights(transformer, folder, adapter_name, pipe)
         check_scale(transformer, folder, adapter_name, config)
-        if others:
-            transformer.set_adapter([*others, adapter_name])
-        restore_trainable(transformer, set())
-        made = _share_components(pipeline_class, pipe)
+        switch_on(transformer, [*(name for name in active if name not in older), adapter_name])
+        transformer.requires_grad_(False)
+        branch = ReferenceBranch(transformer, config, family, adapter_name)
     except BaseException:
         remove_lora(transformer, adapter_name)
-        restore_trainable(transformer, set(trainable))
+        if active:
+            transformer.set_adapter(active)
+        restore_trainable(transformer, trainable)
         raise
-    made.branch = ReferenceBranch(transformer, config, family, adapter_name)
-    made._trainable_before = trainable
-    made.changes = _describe_changes(transformer, adapter_name)
+    branch._trainable_before = trainable
+    if config.attention == "isolated":
+        branch.fingerprint()  # while the weights are at hand: sequential offloading takes them away
+    made._own, made._switched_off = branch, tuple(older)
+    made.changes = _describe_changes(branch, older)
     for change in made.changes:
         logger.info(change)
     return made
 
 
-def _check_pipeline(pipe: Any, adapter_name: str) -> tuple[Family, type]:
-    """The family and its reference pipeline class."""
+def _check_pipeline(pipe: Any, adapter_name: str) -> Family:
+    """The family of a pipeline that can take another adapter of this name."""
     import diffusers
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(pipe, diffusers.DiffusionPipeline) or transformer is None:
@@ -86,43 +93,41 @@ def _check_pipeline(pipe: Any, adapter_name: str) -> tuple[Family, type]:
         raise UserError(problem)
     if not isinstance(pipe, getattr(diffusers, family.pipeline_class)):
         raise UserError(f"pipe: expected a {family.pipeline_class}, got {type(pipe).__name__}")
-    if branch_of(transformer) is not None:
+    loaded = getattr(transformer, "peft_config", {})
+    if merged := [name for name, branch in branches_of(transformer).items() if branch.merged]:
         raise UserError(
-            "pipe: its transformer carries a reference adapter already; call unload() on the pipeline that "
-            "load_adapter returned, or detach() on the branch"
+            f"pipe: its transformer's weights contain adapter {merged[0]!r} for good; load the base anew for another"
         )
-    if adapter_name in getattr(transformer, "peft_config", {}):
+    if adapter_name in branches_of(transformer):
+        raise UserError(
+            f"adapter_name: a reference adapter {adapter_name!r} is on this transformer already; choose another name, "
+            "or call unload() on the pipeline that load_adapter returned, or detach() on the branch"
+        )
+    if adapter_name in loaded:
         raise UserError(f"adapter_name: {adapter_name!r} is in use on this transformer; choose another")
-    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
-    if any(layer.merged or layer.disable_adapters for layer in layers):
+    if any(layer.merged or layer.disable_adapters for layer in lora_layers(transformer)):
         raise UserError(
             "pipe: its LoRAs are fused or switched off, so that another would do nothing; call unfuse_lora() or "
             "enable_lora() first"
         )
-    return family, _reference_class(family)
+    return family
 
 
-def _reference_class(family: Family) -> type:
-    if find_spec(f"{__package__}.{family.key}") is None:
-        raise UserError(
-            f"pipe: there is no reference pipeline for {family.key!r}; use attach() and branch.references()"
+def _describe_changes(branch: ReferenceBranch, older: list[str]) -> tuple[str, ...]:
+    name = branch.adapter_name
+    layers = sum(name in getattr(module, "lora_A", ()) for module in branch.transformer.modules())
+    lora = f"The transformer has a LoRA named {name!r} on {layers} layers, switched on"
+    if branch.config.lora_scope == "reference":
+        effect = f"{lora}, that acts on references alone: without references, videos are what they are without it."
+    else:
+        effect = (
+            f"{lora}: without references too, videos differ from the base's, and so do those of the pipeline given to "
+            "load_adapter."
         )
-    return import_module(f"{__package__}.{family.key}").PIPELINE
-
-
-def _share_components(pipeline_class: type, pipe: Any) -> Any:
-    """The same components and settings in another class. diffusers' `from_pipe` would cast them to float32."""
-    components = pipe.components
-    names = inspect.signature(pipeline_class.__init__).parameters
-    settings = {name: pipe.config[name] for name in names if name in pipe.config and name not in components}
-    return pipeline_class(**components, **settings)
-
-
-def _describe_changes(transformer: Any, adapter_name: str) -> tuple[str, ...]:
-    layers = sum(adapter_name in getattr(module, "lora_A", ()) for module in transformer.modules())
+    switched = f"Of the reference adapters, {older} are switched off; set_adapters switches back."
     return (
-        f"The transformer has a LoRA named {adapter_name!r} on {layers} layers, switched on: without references too, "
-        "videos differ from the base's, and so do those of the pipeline given to load_adapter.",
+        effect,
+        *([switched] if older else []),
         "The transformer has hooks that let references in; they do nothing without references.",
         "The transformer's parameters are frozen.",
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..branch.attach import branches_of
 from ..errors import UserError
 from .base import ReferencePipeline
+from .fusing import check_fusible
 
 
 def merge_and_unload(pipe: Any) -> Any:
@@ -21,16 +23,23 @@ def merge_and_unload(pipe: Any) -> Any:
         `pipe`.
 
     Raises:
-        UserError: another object, or a pipeline whose adapter was unloaded.
+        UserError: another object, a pipeline whose adapter was unloaded or is switched off, or an adapter that acts on
+            references alone.
     """
     if not isinstance(pipe, ReferencePipeline):
         raise UserError(f"pipe: expected what load_adapter returns, got {type(pipe).__name__}")
     transformer: Any = pipe._loaded_branch().transformer
     if not getattr(transformer, "peft_config", None):
         return pipe
+    branch = pipe._reference_branch()
+    check_fusible(transformer)
+    for other in list(branches_of(transformer).values()):
+        if other is not branch:
+            other.detach()
     if not any(getattr(module, "merged_adapters", ()) for module in transformer.modules()):
         transformer.fuse_lora()
     transformer.unload_lora()
+    branch.merged = True
     pipe.changes = (
         "The transformer's weights contain the LoRA, for good.",
         "The transformer has hooks that let references in; they do nothing without references.",

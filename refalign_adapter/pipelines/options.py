@@ -18,7 +18,7 @@ from ..errors import ConfigError, UserError
 from ..export.adapter import find_adapter
 from ..families.base import Family, load_family
 from .base import MAX_REFERENCES
-from .guidance import check_scales
+from .guidance import ALL_STEPS, check_scales
 from .load import load_adapter
 
 OFFLOADS = ("none", "model")
@@ -37,6 +37,8 @@ class GenerateOptions:
         num_frames, fps: frames, and how many are shown a second.
         num_inference_steps: at least 1.
         guidance_scale, image_guidance_scale: how strongly the prompt and the references pull.
+        guidance_interval: [start, stop), shares of the steps in which they do.
+        batch_guidance: whether passes share calls of the transformer: faster on a large GPU, with more memory.
         seed: of a single video's noise; in a run of many, each key has a seed made of this one and the key.
         max_references: most images a prompt may have.
         device: None takes the GPU if there is one, else the CPU.
@@ -58,6 +60,8 @@ class GenerateOptions:
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     image_guidance_scale: float = 5.0
+    guidance_interval: tuple[float, float] = ALL_STEPS
+    batch_guidance: bool = False
     seed: int = 0
     max_references: int = MAX_REFERENCES
     device: str | None = None
@@ -79,7 +83,7 @@ class GenerateOptions:
         if self.offload not in OFFLOADS:
             problems.append(f"offload must be one of {', '.join(OFFLOADS)}, got {self.offload!r}")
         try:
-            check_scales(self.guidance_scale, self.image_guidance_scale)
+            check_scales(self.guidance_scale, self.image_guidance_scale, self.guidance_interval)
         except ConfigError as error:
             problems += error.problems
         if problems:

@@ -1,13 +1,14 @@
 """Reference images as a caller gives them to one padded batch of canvases.
 
-Shape letters: B prompts, M references (padded to the largest number among the prompts), H and W the video's height and
-width in pixels.
+Shape letters: B prompts, M references (padded to the largest number among the prompts), H and W a canvas's height and
+width in pixels, h and w its rows and columns of tokens.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..data.references import prepare_reference
+from ..data.references import content_tokens, prepare_reference
 from ..data.video import read_image
 from ..errors import ConfigError, UserError
 
@@ -24,6 +25,38 @@ FIELD = "reference_images"
 ReferenceImage = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 """A path, a PIL image, an array with 3, 4 or no channels last, or a tensor with 1, 3 or 4 channels first. Numbers are
 uint8, or floats in [0, 1]. Transparency is laid on white."""
+
+
+@dataclass(frozen=True)
+class Canvases:
+    """References as they are encoded.
+
+    Attributes:
+        pixels: (B, M, 3, H, W) float32 in [−1, 1], white where padded.
+        mask: (B, M) bool, True where a reference is real.
+        tokens: (B, M, h, w) bool, True where a token shows more than white padding; None: all are kept.
+    """
+
+    pixels: Tensor
+    mask: Tensor
+    tokens: Tensor | None = None
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether any token of a real reference is left out."""
+        return self.tokens is not None and not bool(self.tokens[self.mask].all())
+
+    @property
+    def differ(self) -> bool:
+        """Whether prompts differ in how many reference tokens they have."""
+        kept = self.mask if self.tokens is None else (self.tokens & self.mask[:, :, None, None]).flatten(1)
+        return len(set(kept.sum(1).tolist())) > 1
+
+
+def count_prompts(images: Any) -> int:
+    """How many prompts a list of images, or of lists of them, is for."""
+    nested = isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images)
+    return len(images) if nested else 1
 
 
 def group_by_prompt(images: Any, prompts: int, most: int) -> list[list[ReferenceImage]] | None:
@@ -63,15 +96,15 @@ def group_by_prompt(images: Any, prompts: int, most: int) -> list[list[Reference
     return groups
 
 
-def load_canvases(groups: Sequence[Sequence[ReferenceImage]], height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Scale every reference to fit the video's canvas, centred on white, and pad the prompts to the same number.
+def load_canvases(
+    groups: Sequence[Sequence[ReferenceImage]], height: int, width: int, grid: tuple[int, int] | None = None
+) -> Canvases:
+    """Scale every reference to fit its canvas, centred on white, and pad the prompts to the same number.
 
     Args:
         groups: per prompt, its references.
         height, width: H and W.
-
-    Returns:
-        (B, M, 3, H, W) float32 in [−1, 1], white where padded, and (B, M) bool, True where a reference is real.
+        grid: (h, w), to leave out tokens that show nothing but white padding; None keeps all.
 
     Raises:
         ConfigError: every image that cannot be read, with its place.
@@ -79,6 +112,7 @@ def load_canvases(groups: Sequence[Sequence[ReferenceImage]], height: int, width
     most = max(len(group) for group in groups)
     canvases = torch.ones(len(groups), most, 3, height, width)
     mask = torch.zeros(len(groups), most, dtype=torch.bool)
+    tokens = None if grid is None else torch.zeros(len(groups), most, *grid, dtype=torch.bool)
     problems = []
     for prompt, group in enumerate(groups):
         for index, image in enumerate(group):
@@ -90,9 +124,11 @@ def load_canvases(groups: Sequence[Sequence[ReferenceImage]], height: int, width
                 continue
             canvases[prompt, index] = torch.from_numpy(np.array(canvas)).permute(2, 0, 1) / 127.5 - 1
             mask[prompt, index] = True
+            if tokens is not None:
+                tokens[prompt, index] = torch.from_numpy(content_tokens(canvas, *tokens.shape[2:]))
     if problems:
         raise ConfigError(problems)
-    return canvases, mask
+    return Canvases(canvases, mask, tokens)
 
 
 def to_image(image: ReferenceImage, field: str = FIELD) -> Image.Image:

@@ -1,16 +1,12 @@
 """Wan 2.1 text-to-video with reference images and two guidance scales.
 
 Shape letters: B prompts times videos per prompt, C latent channels, F latent frames, H and W latent height and width,
-M references, S text tokens, D text width.
+S text tokens, D text width.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,29 +15,12 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import Tensor
 
+from ..branch.reference_cache import ReferenceCache
 from ..errors import UserError
 from .base import ReferencePipeline
-from .guidance import GuidancePass, check_scales, combine, guidance_passes
-
-Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
-
-
-@dataclass
-class _Conditions:
-    """What the passes of a step see.
-
-    Attributes:
-        passes: which there are.
-        prompt_embeds, negative_prompt_embeds: (B, S, D); the latter None when no pass needs it.
-        references: (B, C, M, H, W) latents, or None.
-        mask: (B, M) bool, True where a reference is real; None: all are.
-    """
-
-    passes: Sequence[GuidancePass]
-    prompt_embeds: Tensor
-    negative_prompt_embeds: Tensor | None
-    references: Tensor | None
-    mask: Tensor | None
+from .conditions import Conditions
+from .denoising import Callback, denoise
+from .guidance import ALL_STEPS, check_scales, plan_guidance
 
 
 class WanReferencePipeline(ReferencePipeline, WanPipeline):
@@ -59,6 +38,9 @@ class WanReferencePipeline(ReferencePipeline, WanPipeline):
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         image_guidance_scale: float = 5.0,
+        guidance_interval: tuple[float, float] = ALL_STEPS,
+        batch_guidance: bool = False,
+        reference_cache: ReferenceCache | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -75,19 +57,28 @@ class WanReferencePipeline(ReferencePipeline, WanPipeline):
 
         A step runs the transformer three times with references: twice when one of the scales is 1 or both are equal,
         once when both are 1. Without references it is plain text-to-video with the adapter on: twice, once at
-        `guidance_scale` 1. See `guidance` for the formula.
+        `guidance_scale` 1. See `guidance` for the formula. With isolated attention the references are run through the
+        transformer once beforehand, and passes read the keys and values they left; with joint attention they take
+        part in every pass that sees them.
 
         Args:
             prompt: one or several.
             reference_images: for one prompt a list of images, for several one list each, of any lengths; None or empty
                 lists: without. Paths, PIL images, (height, width, 3) arrays or (3, height, width) tensors, uint8 or
-                floats in [0, 1]. Of any size: each is scaled to fit the video's canvas and centred on white.
+                floats in [0, 1]. Of any size: each is scaled to fit the adapter's canvas and centred on white.
             negative_prompt: stands in for the empty text, one for all prompts or one each.
             height, width: in pixels, multiples of what a token covers (Wan 2.1: 16).
             num_frames: a multiple of the VAE's temporal factor plus 1 (Wan 2.1: 4 k + 1).
             num_inference_steps: at least 1.
             guidance_scale: s_txt, how strongly the prompt pulls; 1 turns it off.
             image_guidance_scale: s_img, how strongly the references pull; 1 turns it off.
+            guidance_interval: [start, stop), shares of the steps in which the scales act; all others run one pass, as
+                if both were 1.
+            batch_guidance: whether passes with references share one call of the transformer, and likewise those
+                without: faster where small batches leave a GPU idle, with more memory. The video is the same but for
+                rounding.
+            reference_cache: what `encode_references` returned, in place of `reference_images`; of as many prompts, or
+                of one for all.
             num_videos_per_prompt: at least 1; a prompt's videos come one after the other.
             generator: one, or one per video.
             latents: (B, C, F, H, W) initial noise; None draws it.
@@ -101,35 +92,42 @@ class WanReferencePipeline(ReferencePipeline, WanPipeline):
         Raises:
             UserError: bad input, in one line per problem, before any model runs.
         """
-        branch = self._loaded_branch()
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_texts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, callback_on_step_end_tensor_inputs
-        )
-        steps = {"num_inference_steps": num_inference_steps, "num_videos_per_prompt": num_videos_per_prompt}
-        self._check_numbers(height, width, num_frames, **steps)
-        check_scales(guidance_scale, image_guidance_scale)
-        prompts = _count(prompt, prompt_embeds)
-        images = self._read_references(reference_images, prompts, height, width)
-        passes = guidance_passes(guidance_scale, image_guidance_scale, references=images is not None)
-
-        self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
-        self._current_timestep, self._interrupt = None, False
-        try:
-            latents = self._initial_latents(
-                prompts * num_videos_per_prompt, (num_frames, height, width), generator, latents
-            )
-            length = max_sequence_length or branch.config.max_sequence_length
+        with self._claimed():
+            if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+                callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
             texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-            conditions = self._encode(texts, images, passes, num_videos_per_prompt, length)
-            callback = partial(self._after_step, callback_on_step_end, callback_on_step_end_tensor_inputs, conditions)
-            latents = self._denoise(latents, conditions, num_inference_steps, callback)
-            frames = self._decode(latents, output_type)
-        finally:
-            branch.clear()
-            self._current_timestep = None
-            self.maybe_free_model_hooks()
+            self._check_texts(*texts, callback_on_step_end_tensor_inputs)
+            steps = {"num_inference_steps": num_inference_steps, "num_videos_per_prompt": num_videos_per_prompt}
+            self._check_numbers(height, width, num_frames, **steps)
+            check_scales(guidance_scale, image_guidance_scale, guidance_interval)
+            length = max_sequence_length or self._loaded_branch().config.max_sequence_length
+            if batch_guidance:
+                _check_lengths(prompt_embeds, negative_prompt_embeds, length)
+            prompts = _count(prompt, prompt_embeds)
+            given = self._read_given(reference_images, reference_cache, prompts, (num_frames, height, width))
+            if given is not None:
+                self._check_settings(given, attention_kwargs)
+            plan = plan_guidance(
+                guidance_scale,
+                image_guidance_scale,
+                references=given is not None,
+                interval=guidance_interval,
+                batch=batch_guidance,
+            )
+
+            with self._cleaned_up():
+                self._guidance_scale, self._attention_kwargs = guidance_scale, attention_kwargs
+                self._current_timestep, self._interrupt = None, False
+                size = (num_frames, height, width)
+                latents = self._initial_latents(prompts * num_videos_per_prompt, size, generator, latents)
+                embeds = self._encode_texts(texts, plan.needs_negative, num_videos_per_prompt, length)
+                references = (
+                    None if given is None else self._encode(given, num_frames).for_videos(num_videos_per_prompt)
+                )
+                conditions = Conditions(*embeds, references, attention_kwargs)
+                callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+                latents = denoise(self, latents, conditions, plan, num_inference_steps, *callback)
+                frames = self._decode(latents, output_type)
         return WanPipelineOutput(frames=frames) if return_dict else (frames,)
 
     def _check_texts(
@@ -162,101 +160,37 @@ class WanReferencePipeline(ReferencePipeline, WanPipeline):
             batch, channels, height, width, frames, torch.float32, self._execution_device, generator, latents
         )
 
-    def _encode(
-        self,
-        texts: tuple[Any, Any, Tensor | None, Tensor | None],
-        images: tuple[Tensor, Tensor] | None,
-        passes: Sequence[GuidancePass],
-        videos: int,
-        max_sequence_length: int,
-    ) -> _Conditions:
-        """Run the text encoder and the VAE; every prompt's conditions are repeated for its videos."""
+    def _encode_texts(
+        self, texts: tuple[Any, Any, Tensor | None, Tensor | None], negative: bool, videos: int, length: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, S, D) of prompts and, if asked for, of negative prompts, repeated for their videos."""
         device, dtype = self._execution_device, self.transformer.dtype
         prompt, negative_prompt, embeds, negative_embeds = texts
         embeds, negative_embeds = self.encode_prompt(
             prompt=prompt,
             negative_prompt=negative_prompt,
-            do_classifier_free_guidance=any(not item.text for item in passes),
+            do_classifier_free_guidance=negative,
             prompt_embeds=embeds,
             negative_prompt_embeds=negative_embeds,
-            max_sequence_length=max_sequence_length,
+            max_sequence_length=length,
             device=device,
         )
-        references, mask = (None, None) if images is None else (self._encode_references(*images), images[1])
-        if mask is not None and mask.all():  # some attention kernels take no mask
-            mask = None
 
-        def repeat(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Any:
+        def repeat(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor.to(device, dtype).repeat_interleave(videos, 0)
 
-        return _Conditions(
-            passes, repeat(embeds, dtype), repeat(negative_embeds, dtype), repeat(references, dtype), repeat(mask)
-        )
+        return repeat(embeds), repeat(negative_embeds)
 
-    def _denoise(
-        self, latents: Tensor, conditions: _Conditions, steps: int, after_step: Callable[[int, Tensor, Tensor], Tensor]
+    def _velocity(
+        self, latents: Tensor, timestep: Tensor, text: Tensor, attention_kwargs: dict[str, Any] | None
     ) -> Tensor:
-        self.scheduler.set_timesteps(steps, device=latents.device)
-        timesteps, order = self.scheduler.timesteps, self.scheduler.order
-        self._num_timesteps = len(timesteps)
-        warmup = len(timesteps) - steps * order
-        bar: Any = self.progress_bar  # torch's decorator hides its signature from type checkers
-        with bar(total=steps) as progress:
-            for index, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = timestep
-                predictions = [self._predict(latents, timestep, conditions, item, index) for item in conditions.passes]
-                guided = combine(predictions, conditions.passes)
-                latents = self.scheduler.step(guided, timestep, latents, return_dict=False)[0]
-                latents = after_step(index, timestep, latents)
-                if index == len(timesteps) - 1 or (index + 1 > warmup and (index + 1) % order == 0):
-                    progress.update()
-        return latents
-
-    def _predict(
-        self, latents: Tensor, timestep: Tensor, conditions: _Conditions, item: GuidancePass, index: int
-    ) -> Tensor:
-        """One pass: (B, C, F, H, W) velocity for the video's frames."""
-        references, mask = (conditions.references, conditions.mask) if item.references else (None, None)
-        with self._cache_context(item.name, index), self._loaded_branch().references(references, mask):
-            return self.transformer(
-                hidden_states=latents.to(self.transformer.dtype),
-                timestep=timestep.expand(latents.shape[0]),
-                encoder_hidden_states=conditions.prompt_embeds if item.text else conditions.negative_prompt_embeds,
-                attention_kwargs=self._attention_kwargs,
-                return_dict=False,
-            )[0]
-
-    def _cache_context(self, name: str, index: int) -> AbstractContextManager[None]:
-        """Tell diffusers' caches which pass this is; later versions are also told where in the loop."""
-        context = self.transformer.cache_context
-        if len(inspect.signature(context).parameters) == 1:
-            return context(name)
-        sigma = float(self.scheduler.sigmas[index])
-        return context(name, step_index=index, sigma=sigma, num_inference_steps=self._num_timesteps)
-
-    def _after_step(
-        self,
-        callback: Callback | None,
-        names: Sequence[str],
-        conditions: _Conditions,
-        index: int,
-        timestep: Tensor,
-        latents: Tensor,
-    ) -> Tensor:
-        """The user's callback; what it returns replaces latents and embeddings."""
-        if callback is None:
-            return latents
-        values = {
-            "latents": latents,
-            "prompt_embeds": conditions.prompt_embeds,
-            "negative_prompt_embeds": conditions.negative_prompt_embeds,
-        }
-        values |= callback(self, index, timestep, {name: values[name] for name in names})
-        conditions.prompt_embeds = values["prompt_embeds"]
-        conditions.negative_prompt_embeds = values["negative_prompt_embeds"]
-        return values["latents"]
+        return self.transformer(
+            hidden_states=latents.to(self.transformer.dtype),
+            timestep=timestep.expand(latents.shape[0]),
+            encoder_hidden_states=text,
+            attention_kwargs=attention_kwargs,
+            return_dict=False,
+        )[0]
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
@@ -266,7 +200,8 @@ class WanReferencePipeline(ReferencePipeline, WanPipeline):
             torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
             for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
         )
-        video = self.vae.decode(latents * std + mean, return_dict=False)[0]
+        # As in WanPipeline to the bit: without references, a reference-scoped adapter makes the base's own videos.
+        video = self.vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0]
         return self.video_processor.postprocess_video(video, output_type=output_type)
 
 
@@ -274,6 +209,16 @@ def _count(prompt: Any, embeds: Tensor | None) -> int:
     if embeds is not None:
         return len(embeds)
     return 1 if isinstance(prompt, str) else len(prompt)
+
+
+def _check_lengths(embeds: Tensor | None, negative_embeds: Tensor | None, length: int) -> None:
+    """Refuse texts of different lengths, which cannot share a batch."""
+    ours, theirs = (length if given is None else given.shape[1] for given in (embeds, negative_embeds))
+    if ours != theirs:
+        raise UserError(
+            f"batch_guidance: prompt and negative prompt need equally many tokens, got {ours} and {theirs}; "
+            "leave it off, or make both alike"
+        )
 
 
 PIPELINE = WanReferencePipeline

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from ..branch.attach import attach
 from ..config import CONFIG_NAME, RefAlignConfig
 from ..errors import UserError
-from ..export.adapter import PREFIX, WEIGHTS_NAME
+from ..export.adapter import weights_path
+from ..export.formats import format_of
 
 
 def check_weights(transformer: Any, folder: Path, config: RefAlignConfig) -> None:
@@ -25,7 +26,7 @@ def check_weights(transformer: Any, folder: Path, config: RefAlignConfig) -> Non
     Raises:
         UserError: a file that cannot be read, or lacks weights, or has others.
     """
-    path = folder / WEIGHTS_NAME
+    path, form = weights_path(folder), format_of(config)
     try:
         with safe_open(path, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
@@ -34,7 +35,7 @@ def check_weights(transformer: Any, folder: Path, config: RefAlignConfig) -> Non
     with torch.device("meta"):
         branch = attach(type(transformer).from_config(transformer.config), config)
     wanted = {
-        f"{PREFIX}.{name.replace(f'.{branch.adapter_name}.', '.')}": tuple(parameter.shape)
+        form.key(name.replace(f".{branch.adapter_name}.", ".")): tuple(parameter.shape)
         for name, parameter in branch.named_parameters()
     }
     missing, unknown = wanted.keys() - found.keys(), found.keys() - wanted.keys()
@@ -56,6 +57,6 @@ def check_scale(transformer: Any, folder: Path, adapter_name: str, config: RefAl
     for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         if (got := getattr(lora, name)) != getattr(config, name):
             raise UserError(
-                f"adapter: {str(folder / WEIGHTS_NAME)!r} says {name} {got!r} and {CONFIG_NAME} "
+                f"adapter: {str(weights_path(folder))!r} says {name} {got!r} and {CONFIG_NAME} "
                 f"{getattr(config, name)!r}; its metadata was lost, or it belongs to another adapter"
             )

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from ..alignment.schedule import AlignmentSchedule
 from ..branch.attach import ReferenceBranch
+from ..config import RefAlignConfig
 from ..errors import UserError
-from ..export.adapter import PREFIX, WEIGHTS_NAME, adapter_state, find_adapter
+from ..export.adapter import adapter_state, find_adapter, read_weights
 from ..files import atomic_folder, read_json, write_json
 
 if TYPE_CHECKING:
@@ -179,11 +180,12 @@ def load_checkpoint(folder: Path, trained: Trained) -> tuple[Progress, dict[str,
         progress = Progress(**{name: int(state[name]) for name in asdict(Progress())})
         numbers, run, schedule = state["optimizer"], state["run"], state["schedule"]
         tensors = load_file(folder / TRAINING / OPTIMIZER)
-        weights = load_file(folder / ADAPTER / WEIGHTS_NAME)
+        scope, weights = _read_adapter(folder / ADAPTER)
         heads = load_file(folder / TRAINING / PROJECTORS) if trained.projectors is not None else {}
         averaged = "ema_steps" in state and trained.ema is not None
         shadow = load_file(folder / TRAINING / EMA) if averaged else {}
         ema_steps = int(state["ema_steps"]) if averaged else 0
+    _check_scope(trained.branch, scope, "resume_from_checkpoint", folder)
     _load_lora(trained.branch, weights, "resume_from_checkpoint", folder)
     _load_projectors(trained.projectors, heads, "resume_from_checkpoint", folder)
     _load_optimizer(trained, tensors, numbers, folder)
@@ -214,10 +216,11 @@ def load_initial_weights(source: str, branch: ReferenceBranch, projectors: nn.Mo
     folder = find_adapter(source)
     sidecar = folder.parent / TRAINING / PROJECTORS
     try:
-        weights = load_file(folder / WEIGHTS_NAME)
+        scope, weights = _read_adapter(folder)
         heads = load_file(sidecar) if projectors is not None and sidecar.is_file() else {}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, UserError) as error:
         raise UserError(f"init_adapter: {source!r} is damaged ({error})") from None
+    _check_scope(branch, scope, "init_adapter", folder)
     _load_lora(branch, weights, "init_adapter", folder)
     if heads:
         _load_projectors(projectors, heads, "init_adapter", sidecar)
@@ -275,10 +278,23 @@ def _load_optimizer(
     trained.optimizer.load_state_dict({"state": indexed, "param_groups": groups})
 
 
-def _load_lora(branch: ReferenceBranch, weights: dict[str, Tensor], field: str, folder: Path) -> None:
+def _read_adapter(folder: Path) -> tuple[str, dict[str, Tensor]]:
+    """An adapter folder's LoRA scope, and its weights under PEFT's names."""
+    return RefAlignConfig.load(folder).lora_scope, read_weights(folder)
+
+
+def _check_scope(branch: ReferenceBranch, scope: str, field: str, folder: Path) -> None:
+    """Refuse a LoRA that was trained on other tokens: the same weights do something else there."""
+    if scope != branch.config.lora_scope:
+        raise UserError(
+            f"{field}: {str(folder)!r} has lora_scope {scope!r}, this recipe {branch.config.lora_scope!r}; "
+            "use the adapter section it was trained with"
+        )
+
+
+def _load_lora(branch: ReferenceBranch, state: dict[str, Tensor], field: str, folder: Path) -> None:
     from peft import set_peft_model_state_dict
 
-    state = {name.removeprefix(f"{PREFIX}."): tensor for name, tensor in weights.items()}
     _check_same(adapter_state(branch.transformer, branch.adapter_name), state, field, folder, "LoRA")
     set_peft_model_state_dict(branch.transformer, state, adapter_name=branch.adapter_name)
 

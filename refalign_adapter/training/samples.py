@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +12,8 @@ import torch
 from ..data.encoders import Encoders
 from ..data.options import options_of
 from ..data.video import read_image, write_video
-from ..errors import UserError
 from ..families.base import Family
-from ..pipelines.base import ReferencePipeline
+from ..pipelines.base import build_pipeline
 from .config import Recipe, SamplePrompt
 
 if TYPE_CHECKING:
@@ -52,7 +48,8 @@ class Sampler:
         Encoders(branch.family, pipe, patch_size).check_sizes(dataclasses.replace(options_of(recipe), **sizes))
         samples = [sample for _, sample in self.mine]
         self.texts = _encode_prompts(pipe, branch.family, recipe, samples, accelerator.device)
-        self.pipe = pipeline_around(pipe, branch, text_encoder=None, tokenizer=None)
+        replaced = {"transformer": branch.transformer, "text_encoder": None, "tokenizer": None}
+        self.pipe = build_pipeline(pipe, branch.family, **replaced)
         self.pipe.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
@@ -91,29 +88,6 @@ def sample_arguments(recipe: Recipe) -> dict[str, Any]:
         "guidance_scale": sample.guidance_scale,
         "image_guidance_scale": sample.image_guidance_scale,
     }
-
-
-def pipeline_around(pipe: Any, branch: Any, **replaced: Any) -> Any:
-    """The family's reference pipeline around a branch that is attached already.
-
-    Args:
-        pipe: gives all components but the transformer.
-        branch: gives the transformer.
-        replaced: components to take instead of those of `pipe`.
-
-    Raises:
-        UserError: the family has no reference pipeline.
-    """
-    package, key = ReferencePipeline.__module__.rpartition(".")[0], branch.family.key
-    if find_spec(f"{package}.{key}") is None:
-        raise UserError(f"sample_steps: there is no reference pipeline for {key!r}; leave it out of the recipe")
-    pipeline_class = import_module(f"{package}.{key}").PIPELINE
-    components = {**pipe.components, "transformer": branch.transformer, **replaced}
-    names = inspect.signature(pipeline_class.__init__).parameters
-    settings = {name: pipe.config[name] for name in names if name in pipe.config and name not in components}
-    made = pipeline_class(**components, **settings)
-    made.branch = branch
-    return made
 
 
 def _load_encoders(recipe: Recipe, family: Family, bf16: bool) -> Any:

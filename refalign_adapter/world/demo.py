@@ -2,7 +2,7 @@
 
     DIR/data/train, DIR/data/eval    clips, references and manifests; no subject of one occurs in the other
     DIR/base, DIR/teacher            a tiny Wan pipeline and a tiny DINOv2
-    DIR/recipe.yaml                  the packaged recipe demo/joint with this folder's paths
+    DIR/recipe.yaml                  the packaged recipe demo/isolated with this folder's paths
     DIR/cache, DIR/training          what `refalign cache` and training write; the adapter is DIR/training/adapter
     DIR/samples                      reference images, prompts, generated videos
     DIR/report.html, report.json, demo.gif
@@ -32,7 +32,7 @@ from ..errors import ConfigError, UserError
 from ..files import atomic_file, read_json, require_writable_folder, write_json
 from .processes import run_module
 
-RECIPE = "demo/joint"
+RECIPE = "demo/isolated"
 RECIPE_FOLDER = "demo_output"
 """What the packaged recipe's paths begin with."""
 STATE = "demo.json"

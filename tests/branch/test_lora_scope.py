@@ -117,3 +117,24 @@ def test_the_adapters_strength_scales_the_references_alone():
     with untrained.references(references):
         torch.testing.assert_close(run(base), outputs[0], atol=1e-6, rtol=0)
     assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_diffusers_own_saving_refuses_it_and_writes_the_others(styled, tmp_path):
+    saving = styled.save_lora_adapter
+    branch = adapt(styled)
+    with pytest.raises(ra.UserError, match="save_lora_adapter: this adapter acts on reference tokens alone"):
+        styled.save_lora_adapter(tmp_path, adapter_name="refalign")
+    styled.save_lora_adapter(tmp_path, adapter_name="style")
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    branch.detach()
+    assert styled.save_lora_adapter == saving
+
+
+def test_references_without_the_lora_that_was_taken_off_are_refused(styled):
+    branch = adapt(styled)
+    styled.delete_adapters("refalign")
+    with pytest.raises(ra.UserError, match="was taken off its transformer"):
+        branch.references(draw(1, 16, 1, 8, 8))
+    styled.unload_lora()
+    with pytest.raises(ra.UserError, match="was taken off its transformer"):
+        branch.encode_references(draw(1, 16, 1, 8, 8), frames=2)

@@ -1,11 +1,13 @@
-"""The model card: front matter that the Hub reads, a usage snippet that runs, no paths of the machine of training."""
+"""The model card: front matter that the Hub reads, usage snippets that run, no paths of the machine of training."""
 
 import re
 
+import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
-from tiny_adapter import picture, save_tiny_adapter
-from tiny_models import save_tiny_pipeline
+from tiny_adapter import picture, save_tiny_adapter, velocity
+from tiny_models import save_tiny_pipeline, tiny_pipeline
 
 import refalign_adapter as ra
 from refalign_adapter.data.video import read_video
@@ -20,24 +22,73 @@ SMALLER = {
 }
 
 
+SCOPES = [("joint", "all"), ("isolated", "all"), ("isolated", "reference")]
+REFERENCE = ra.RefAlignConfig(attention="isolated", lora_scope="reference")
+
+
 def front_matter(card):
     return yaml.safe_load(card.split("---")[1])
 
 
-def test_the_usage_snippet_runs(tmp_path, monkeypatch):
-    folder = save_tiny_adapter(tmp_path / "adapter", base_model=BASE)
-    card = (folder / "README.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+def snippets(card):
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+@pytest.mark.parametrize(("attention", "lora_scope"), SCOPES)
+def test_the_usage_snippets_run(tmp_path, monkeypatch, attention, lora_scope):
+    folder = save_tiny_adapter(
+        tmp_path / "adapter", base_model=BASE, attention=attention, lora_scope=lora_scope, align_layers=1
+    )
+    usage, *stock = snippets((folder / "README.md").read_text())
+    assert len(stock) == (lora_scope == "all")
     for given, smaller in SMALLER.items():
-        assert snippet.count(given) == 1
-        snippet = snippet.replace(given, smaller)
+        assert usage.count(given) == 1
+        usage = usage.replace(given, smaller)
     # The snippet says where the base and the adapter are: an id on the Hub, this folder. Here both are folders.
     save_tiny_pipeline(folder / BASE)
     for seed, name in enumerate(["woman.png", "dog.png"]):
         picture(seed).save(folder / name)
     monkeypatch.chdir(folder)
-    exec(compile(snippet, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(usage, "README.md", "exec"), {"__name__": "__main__"})
     assert read_video("beach.mp4", num_frames=5, height=32, width=48).shape == (5, 32, 48, 3)
+    for snippet in stock:
+        base = tiny_pipeline()
+        before = velocity(base.transformer)
+        exec(compile(snippet, "README.md", "exec"), {"base": base})
+        assert not torch.equal(velocity(base.transformer), before)
+
+
+def test_a_card_of_the_reference_scope_names_its_one_loader_and_what_cannot_be():
+    card = model_card(REFERENCE, "you/adapter")
+    assert len(snippets(card)) == 1
+    assert 'ra.load_adapter(base.to(device), "you/adapter")' in card
+    assert "`load_lora_weights` of diffusers refuses the file" in card
+    assert "cannot be fused into the base's weights, nor converted" in card
+    assert "videos are the base's own" in card
+    assert "videos without references differ from the base's" not in card
+    assert "`refalign_reference_lora.safetensors`" in card
+    assert "pytorch_lora_weights" not in card
+    # With these the Hub would show how to load the repository with diffusers alone.
+    assert front_matter(card)["library_name"] == "refalign-adapter"
+    assert "lora" not in front_matter(card)["tags"]
+
+
+def test_a_card_of_the_scope_all_shows_diffusers_own_loader_too():
+    for attention in ("joint", "isolated"):
+        card = model_card(ra.RefAlignConfig(attention=attention), "you/adapter")
+        assert 'base.load_lora_weights("you/adapter")' in snippets(card)[1]
+        assert "videos without references differ from the base's" in card
+
+
+def test_what_references_cost_and_how_they_are_seen_is_that_of_the_attention():
+    assert "about as much as one more latent frame" in model_card(ra.RefAlignConfig())
+    assert "reference canvas" not in model_card(ra.RefAlignConfig())
+    isolated = {"attention": "isolated", "reference_scale": 0.5, "drop_background": True, "reference_frame": 40}
+    card = model_card(ra.RefAlignConfig(**isolated))
+    assert "once per video; every step then reads their keys and values" in card
+    assert "| reference canvas | 0.5 of the video's height and width |" in card
+    assert "| first reference's frame | 40 |" in card
+    assert "| white padding | left out |" in card
 
 
 def test_front_matter():

@@ -10,7 +10,7 @@ from tiny_adapter import save_tiny_adapter
 from tiny_models import tiny_transformer
 
 import refalign_adapter as ra
-from refalign_adapter.export.adapter import WEIGHTS_NAME
+from refalign_adapter.export.formats import REFERENCE, STOCK
 from refalign_adapter.export.hub import push_adapter
 
 
@@ -26,9 +26,9 @@ def hub(monkeypatch):
         def create_repo(self, repo_id, **options):
             asked.append(("create", repo_id, options))
 
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
+        def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
             files = {path.name: path.read_bytes() for path in folder_path.iterdir()}
-            asked.append(("upload", repo_id, files))
+            asked.append(("upload", repo_id, files, delete_patterns))
             return SimpleNamespace(commit_url="https://hub/commit")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -46,7 +46,7 @@ def test_repository_files_and_card(hub):
     assert token == ("token", "secret")
     assert create == ("create", "you/adapter", {"private": True, "exist_ok": True})
     assert upload[1] == "you/adapter"
-    assert sorted(upload[2]) == ["README.md", WEIGHTS_NAME, "refalign_config.json"]
+    assert sorted(upload[2]) == ["README.md", STOCK.file_name, "refalign_config.json"]
     assert b'ra.load_adapter(base.to(device), "you/adapter")' in upload[2]["README.md"]
 
 
@@ -54,6 +54,19 @@ def test_a_branch_pushes_itself(hub):
     branch = ra.attach(tiny_transformer(), ra.RefAlignConfig(r=2, align_layers=1))
     branch.push_to_hub("you/adapter")
     assert [item[0] for item in hub] == ["token", "create", "upload"]
+
+
+def test_a_repository_never_holds_the_weights_of_both_scopes(hub):
+    push_adapter(save, "you/adapter")
+    branch = ra.attach(
+        tiny_transformer(), ra.RefAlignConfig(r=2, align_layers=1, attention="isolated", lora_scope="reference")
+    )
+    branch.push_to_hub("you/adapter")
+    first, second = (item for item in hub if item[0] == "upload")
+    assert first[3] == [REFERENCE.file_name]
+    assert second[3] == [STOCK.file_name]
+    assert set(second[2]) == {"README.md", "refalign_config.json", REFERENCE.file_name}
+    assert b"refuses the file" in second[2]["README.md"]
 
 
 def test_nothing_is_created_when_saving_fails(hub):

@@ -14,6 +14,7 @@ from tiny_adapter import SIZE, picture, save_tiny_adapter
 from tiny_models import save_tiny_pipeline
 
 import refalign_adapter as ra
+from refalign_adapter import cli
 from refalign_adapter.data.video import read_video
 from refalign_adapter.pipelines import generate, options
 from refalign_adapter.pipelines.generate import OPTIONS_NAME, generate_many, generate_one, seed_of
@@ -122,6 +123,57 @@ def test_a_folder_made_with_something_else_is_refused(given, prompts, tmp_path, 
         generate_many(change(given, adapter=str(retrained)), prompts, tmp_path)
 
 
+def test_the_way_guidance_is_run(given, made, tmp_path):
+    image = tmp_path / "a.png"
+    picture().save(image)
+    settings = [{}, {"batch_guidance": True}, {"guidance_interval": (0.0, 0.5)}, {"guidance_interval": (0.0, 0.5)}]
+    for changes in settings:
+        generate_one(change(given, num_inference_steps=2, **changes), "a cat", [image], tmp_path / "out.mp4")
+    plain, batched, within, again = made["out.mp4"]
+    np.testing.assert_allclose(batched, plain, atol=1e-5)
+    assert np.abs(within - plain).max() > 1e-3
+    assert np.array_equal(within, again)
+
+
+def test_the_command_line_hands_guidance_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate, "generate_one", lambda options, *_: seen.append(options))
+    command = [
+        "generate",
+        "--base",
+        "b",
+        "--adapter",
+        "a",
+        "--output",
+        "o.mp4",
+        "--prompt",
+        "x",
+        "--reference",
+        "r.png",
+    ]
+    for more in ([], ["--guidance-interval", "0.1", "0.6", "--batch-guidance"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*command, *more])
+        assert not stopped.value.code
+    assert [(options.guidance_interval, options.batch_guidance) for options in seen] == [
+        ((0.0, 1.0), False),
+        ((0.1, 0.6), True),
+    ]
+
+
+def test_a_folder_is_resumed_with_the_same_interval_only(given, prompts, tmp_path, no_models):
+    for index in range(3):
+        (tmp_path / f"video_{index}.mp4").touch()
+    described = generate._describe(given)
+    (tmp_path / OPTIONS_NAME).write_text(json.dumps(described))
+    assert generate_many(change(given, guidance_interval=[0.0, 1.0], batch_guidance=True), prompts, tmp_path) == []
+    with pytest.raises(ra.UserError, match=r"made with guidance_interval \[0.0, 1.0\], now \[0.2, 1.0\]"):
+        generate_many(change(given, guidance_interval=(0.2, 1.0)), prompts, tmp_path)
+    del described["guidance_interval"]
+    (tmp_path / OPTIONS_NAME).write_text(json.dumps(described))
+    assert generate_many(given, prompts, tmp_path) == []
+
+
 def test_an_interrupted_run_leaves_whole_files_only(given, prompts, tmp_path, monkeypatch):
     write = generate.write_video
 
@@ -177,7 +229,16 @@ def test_seeds_of_keys():
 def test_every_bad_option_is_told_at_once():
     with pytest.raises(ra.ConfigError) as caught:
         GenerateOptions(
-            "b", "a", height=0, num_inference_steps=0, fps=0, seed=-1, dtype="int8", offload="all", guidance_scale=0
+            "b",
+            "a",
+            height=0,
+            num_inference_steps=0,
+            fps=0,
+            seed=-1,
+            dtype="int8",
+            offload="all",
+            guidance_scale=0,
+            guidance_interval=(0.5, 0.2),
         )
     assert [problem.split()[0] for problem in caught.value.problems] == [
         "height",
@@ -187,6 +248,7 @@ def test_every_bad_option_is_told_at_once():
         "dtype",
         "offload",
         "guidance_scale",
+        "guidance_interval",
     ]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import refalign_adapter as ra
-from refalign_adapter.pipelines.guidance import check_scales, combine, guidance_passes
+from refalign_adapter.pipelines.guidance import check_scales, combine, guidance_passes, plan_guidance
 
 SCALES = [(7.5, 5.0), (7.5, 1.0), (1.0, 5.0), (1.0, 1.0), (5.0, 5.0), (2.0, 0.0), (1.0, 0.0), (3.0, 0.25)]
 
@@ -90,7 +90,71 @@ def test_scales_that_mean_nothing_are_refused(scales):
         check_scales(*scales)
 
 
-def test_both_scales_are_told_at_once():
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.6, 0.4), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0), (0.0,)])
+def test_intervals_that_mean_nothing_are_refused(interval):
+    with pytest.raises(ra.UserError, match="guidance_interval must be two shares of the steps, start below stop"):
+        check_scales(7.5, 5.0, interval)
+
+
+def test_all_problems_are_told_at_once():
     with pytest.raises(ra.ConfigError) as caught:
-        check_scales(0.5, -1.0)
-    assert len(caught.value.problems) == 2
+        check_scales(0.5, -1.0, (1.0, 0.0))
+    assert len(caught.value.problems) == 3
+
+
+def calls(plan, index=0, steps=1):
+    """Per call of the transformer, the names of its passes."""
+    return [[item.name for item in call] for call in plan.calls(index, steps)]
+
+
+@pytest.mark.parametrize(
+    ("scales", "references", "batched"),
+    [
+        ((7.5, 5.0), True, [["negative_alone"], ["negative_references", "text_references"]]),
+        ((7.5, 1.0), True, [["negative_references", "text_references"]]),
+        ((1.0, 5.0), True, [["text_alone"], ["text_references"]]),
+        ((5.0, 5.0), True, [["negative_alone"], ["text_references"]]),
+        ((1.0, 1.0), True, [["text_references"]]),
+        ((7.5, 5.0), False, [["negative_alone", "text_alone"]]),
+    ],
+)
+def test_only_passes_alike_in_references_share_a_call(scales, references, batched):
+    plan = plan_guidance(*scales, references=references, batch=True)
+    assert calls(plan) == batched
+    passes = guidance_passes(*scales, references=references)
+    assert [item for call in plan.guided for item in call] == list(passes)
+    apart = plan_guidance(*scales, references=references)
+    assert apart.guided == tuple((item,) for item in passes)
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps", "inside"),
+    [
+        ((0.0, 1.0), 4, [0, 1, 2, 3]),
+        ((0.25, 0.75), 4, [1, 2]),
+        ((0.3, 0.7), 10, [3, 4, 5, 6]),
+        ((0.1, 0.3), 50, list(range(5, 15))),
+        ((0.0, 0.01), 4, [0]),
+        ((0.9, 1.0), 4, []),
+    ],
+)
+@pytest.mark.parametrize("references", [True, False])
+def test_outside_the_interval_the_fully_conditioned_pass_runs_alone(interval, steps, inside, references):
+    plan = plan_guidance(7.5, 5.0, references=references, interval=interval)
+    alone = ["text_references" if references else "text_alone"]
+    got = [index for index in range(steps) if calls(plan, index, steps) != [alone]]
+    assert got == inside
+    assert all(call[0].weight == 1 for call in plan.unguided)
+
+
+def test_whether_the_negative_prompt_is_needed():
+    assert plan_guidance(7.5, 5.0, references=True).needs_negative
+    assert not plan_guidance(1.0, 5.0, references=True).needs_negative
+    assert not plan_guidance(1.0, 5.0, references=False, batch=True).needs_negative
+
+
+def test_without_references_it_is_diffusers_own_arithmetic():
+    negative, text = (prediction.bfloat16() for prediction in list(predictions().values())[:2])
+    got = combine([negative, text], guidance_passes(5.3, 1.0, references=False))
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, negative + 5.3 * (text - negative))

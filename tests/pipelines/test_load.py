@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from typing import Any
 
 import pytest
@@ -16,10 +15,15 @@ from tiny_models import tiny_pipeline, tiny_transformer
 
 import refalign_adapter as ra
 from refalign_adapter.branch.attach import branch_of
+from refalign_adapter.branch.lora import lora_parameters
+from refalign_adapter.export.adapter import weights_path
 from refalign_adapter.pipelines.wan import WanReferencePipeline
 
 PATTERNS: dict[str, Any] = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"ffn.net.2": 3, "attn2.to_k": 16}}
-WEIGHTS = "pytorch_lora_weights.safetensors"
+SCOPES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "reference": {"attention": "isolated", "lora_scope": "reference", "align_layers": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +102,14 @@ def test_frozen_parts_and_modes_are_given_back(adapter):
     assert anatomy(base.transformer) == before
 
 
-def test_a_second_adapter_needs_the_first_unloaded(base, adapter, tmp_path):
+def test_the_same_name_needs_the_first_unloaded(base, adapter, tmp_path):
     other = save_tiny_adapter(tmp_path / "other", r=2, lora_alpha=1, target_modules=["to_v"])
     pipe = ra.load_adapter(base, adapter)
     loaded = velocity(base.transformer)
     for given in (base, pipe):
-        with pytest.raises(ra.UserError, match=r"carries a reference adapter already; call unload\(\)"):
+        with pytest.raises(ra.UserError, match=r"'refalign' is on this transformer already; .* unload\(\)") as caught:
             ra.load_adapter(given, other)
+        assert "\n" not in str(caught.value)
     assert torch.equal(velocity(base.transformer), loaded)
     pipe.unload()
     second = ra.load_adapter(base, other)
@@ -156,23 +161,44 @@ def test_a_stock_pipeline_gives_the_same_output(tmp_path, dtype, changes):
     assert not torch.equal(output, velocity(tiny_transformer().to(dtype)))
 
 
-def test_the_loaded_adapter_is_the_trained_one(tmp_path):
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_loaded_adapter_is_the_trained_one(tmp_path, scope):
     trained = tiny_transformer()
-    branch = ra.attach(trained, ra.RefAlignConfig(r=4, lora_alpha=10, align_layers=1, **PATTERNS), seed=0)
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 10, "align_layers": 1, **PATTERNS, **SCOPES[scope]}
+    branch = ra.attach(trained, ra.RefAlignConfig(**fields), seed=0)
     for name, parameter in branch.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
     branch.save_pretrained(tmp_path / "a")
-    base = tiny_pipeline()
-    pipe = ra.load_adapter(base, tmp_path / "a")
     references = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(9))
-    with branch.references(references), pipe.branch.references(references):
-        assert torch.equal(velocity(base.transformer), velocity(trained))
+    with branch.references(references):
+        expected = velocity(trained)
+    names = [name for name, _ in branch.named_parameters()]
+    assert any("attn2" in name for name in names) == (scope == "all")
+    for folder in ("a", "b"):  # the latter is the former, loaded and saved again
+        pipe = ra.load_adapter(tiny_pipeline(), tmp_path / folder)
+        assert [name for name, _ in pipe.branch.named_parameters()] == names
+        with pipe.branch.references(references):
+            assert torch.equal(velocity(pipe.transformer), expected)
+        pipe.branch.save_pretrained(tmp_path / "b")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_have_the_type_that_diffusers_own_loader_gives(adapter, tmp_path, dtype):
+    pipes = [tiny_pipeline() for _ in range(3)]
+    for pipe in pipes:
+        pipe.transformer.to(dtype)
+    pipes[0].load_lora_weights(str(adapter), adapter_name="refalign")
+    ra.load_adapter(pipes[1], adapter)
+    ra.load_adapter(pipes[2], save_tiny_adapter(tmp_path / "a", **SCOPES["reference"]))
+    for pipe in pipes:
+        types = {parameter.dtype for _, parameter in lora_parameters(pipe.transformer, "refalign")}
+        assert types == {dtype}
 
 
 def rewrite(folder, weights=lambda given: given, metadata=lambda given: given):
     """Change the weights file's tensors or metadata."""
-    path = folder / WEIGHTS
+    path = weights_path(folder)
     with safe_open(path, "pt") as file:
         meta = file.metadata()
     tensors = weights(load_file(path))
@@ -191,17 +217,17 @@ def another_base(folder):
 
 
 def pickled(folder):
-    (folder / WEIGHTS).unlink()
+    weights_path(folder).unlink()
     torch.save({}, folder / "pytorch_lora_weights.bin")
 
 
 BROKEN = {
     "truncated": (
-        lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-99]),
+        lambda folder: weights_path(folder).write_bytes(weights_path(folder).read_bytes()[:-99]),
         "cannot be loaded",
     ),
-    "no safetensors": (lambda folder: (folder / WEIGHTS).write_bytes(b"no weights"), "cannot be loaded"),
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"lacks {WEIGHTS}"),
+    "no safetensors": (lambda folder: weights_path(folder).write_bytes(b"no weights"), "cannot be loaded"),
+    "no weights": (lambda folder: weights_path(folder).unlink(), "lacks {file}"),
     "no config": (lambda folder: (folder / "refalign_config.json").unlink(), "lacks refalign_config.json"),
     "broken config": (damage_config, "not readable JSON"),
     "another base": (another_base, r"made for another base \(some/base\): it has num_layers 40, this one has 3"),
@@ -214,7 +240,7 @@ BROKEN = {
         lambda folder: rewrite(
             folder, lambda given: {name.replace("transformer.", "unet."): t for name, t in given.items()}
         ),
-        "60 weights are missing, 60 unknown",
+        "{count} weights are missing, {count} unknown",
     ),
     "metadata lost": (
         lambda folder: rewrite(folder, metadata=lambda _: {"format": "pt"}),
@@ -222,17 +248,21 @@ BROKEN = {
     ),
     "other shapes": (
         lambda folder: rewrite(folder, lambda given: {name: t[:, :-1].contiguous() for name, t in given.items()}),
-        "0 unknown and 60 of another shape",
+        "0 unknown and {count} of another shape",
     ),
 }
 
 
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_adapter_is_one_line_and_leaves_the_pipeline_as_it_was(base, adapter, tmp_path, case):
+def test_a_broken_adapter_is_one_line_and_leaves_the_pipeline_as_it_was(base, tmp_path, scope, case):
     breaks, message = BROKEN[case]
-    folder = tmp_path / "broken"
-    shutil.copytree(adapter, folder)
+    folder = save_tiny_adapter(tmp_path / "broken", **SCOPES[scope])
+    path = weights_path(folder)
+    facts = {"file": path.name, "count": len(load_file(path))}
     breaks(folder)
+    for name, fact in facts.items():
+        message = message.replace(f"{{{name}}}", str(fact))
     with pytest.raises(ra.UserError, match=message) as caught:
         ra.load_adapter(base, folder)
     assert "\n" not in str(caught.value)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny_adapter import SIZE, picture, velocity
-from tiny_models import tiny_transformer
+from tiny_adapter import SIZE, anatomy, picture, velocity
+from tiny_models import tiny_pipeline, tiny_transformer
 
 import refalign_adapter as ra
 
@@ -55,6 +56,63 @@ def test_merged_it_makes_the_same_video_without_peft(fresh_pipe, fused):
     assert torch.equal(velocity(pipe.transformer), merged)
     with pytest.raises(ra.UserError, match="no reference adapter is loaded"):
         ra.merge_and_unload(pipe)
+
+
+@pytest.fixture
+def of_scope_all(isolated_adapters):
+    pipe = ra.load_adapter(tiny_pipeline(), isolated_adapters["all"])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_isolated_of_scope_all_is_fused_and_merged(of_scope_all):
+    pipe = of_scope_all
+    expected = video(pipe)
+    pipe.fuse_lora()
+    assert all(layer.merged for layer in tuners(pipe.transformer))
+    np.testing.assert_allclose(video(pipe), expected, atol=1e-5)
+    pipe.unfuse_lora()
+    np.testing.assert_allclose(video(pipe), expected, atol=1e-5)
+    ra.merge_and_unload(pipe)
+    assert tuners(pipe.transformer) == []
+    np.testing.assert_allclose(video(pipe), expected, atol=1e-5)
+    cache = pipe.encode_references([picture(0), picture(1)], **SIZE)
+    generator = torch.Generator().manual_seed(0)
+    got = pipe("a cat", reference_cache=cache, num_inference_steps=2, generator=generator, **SIZE).frames
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda pipe: pipe.fuse_lora(),
+        lambda pipe: pipe.fuse_lora(adapter_names="refalign"),
+        lambda pipe: pipe.fuse_lora(["transformer"], 0.5, adapter_names=["refalign"]),
+        ra.merge_and_unload,
+    ],
+)
+def test_what_acts_on_references_alone_is_not_fused_or_merged(fresh_isolated, act):
+    pipe = fresh_isolated
+    before, output, weights = anatomy(pipe.transformer), video(pipe), velocity(pipe.transformer)
+    with pytest.raises(ra.UserError, match="acts on reference tokens alone .* video tokens use too") as caught:
+        act(pipe)
+    assert "\n" not in str(caught.value)
+    assert anatomy(pipe.transformer) == before
+    assert torch.equal(velocity(pipe.transformer), weights)
+    assert np.array_equal(video(pipe), output)
+
+
+def test_another_lora_is_fused_beside_it(fresh_isolated):
+    pipe = fresh_isolated
+    config = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config, adapter_name="style")
+    pipe.set_adapters(["refalign", "style"])
+    expected, cache = velocity(pipe.transformer), pipe.encode_references([picture(0)], **SIZE)
+    pipe.fuse_lora(adapter_names=["style"])
+    torch.testing.assert_close(velocity(pipe.transformer), expected, atol=1e-5, rtol=1e-5)
+    assert pipe("a cat", reference_cache=cache, num_inference_steps=1, **SIZE).frames.shape == (1, 5, 32, 48, 3)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(velocity(pipe.transformer), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_it_is_for_what_load_adapter_returns():

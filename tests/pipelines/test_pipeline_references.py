@@ -7,7 +7,7 @@ from PIL import Image
 from tiny_adapter import picture
 
 import refalign_adapter as ra
-from refalign_adapter.pipelines.references import group_by_prompt, load_canvases, to_image
+from refalign_adapter.pipelines.references import count_prompts, group_by_prompt, load_canvases, to_image
 
 
 def test_all_kinds_of_input_are_the_same_picture(tmp_path):
@@ -67,7 +67,9 @@ def test_a_turned_photo_is_put_upright():
 
 
 def test_canvases_keep_the_aspect_and_are_white_around_it():
-    canvases, mask = load_canvases([[Image.new("RGB", (10, 10), "black")]], 32, 48)
+    loaded = load_canvases([[Image.new("RGB", (10, 10), "black")]], 32, 48)
+    canvases, mask = loaded.pixels, loaded.mask
+    assert loaded.tokens is None
     assert canvases.shape == (1, 1, 3, 32, 48)
     assert mask.tolist() == [[True]]
     assert (canvases[..., 8:40] == -1).all()
@@ -76,10 +78,48 @@ def test_canvases_keep_the_aspect_and_are_white_around_it():
 
 
 def test_prompts_with_fewer_references_are_padded():
-    canvases, mask = load_canvases([[picture(0), picture(1)], [], [picture(1)]], 16, 16)
+    loaded = load_canvases([[picture(0), picture(1)], [], [picture(1)]], 16, 16)
+    canvases, mask = loaded.pixels, loaded.mask
     assert mask.tolist() == [[True, True], [False, False], [True, False]]
     assert torch.equal(canvases[0, 1], canvases[2, 0])
     assert (canvases[~mask] == 1).all()
+
+
+def test_tokens_of_padding_are_marked():
+    """Cases of two prompts on canvases of 2 x 4 tokens of 16 pixels."""
+    square, wide = Image.new("RGB", (10, 10), "black"), Image.new("RGB", (20, 10), "black")
+    loaded = load_canvases([[square, wide], [wide]], 32, 64, (2, 4))
+    assert loaded.tokens is not None
+    assert loaded.tokens[0, 0].tolist() == [[False, True, True, False]] * 2
+    assert loaded.tokens[0, 1].all()
+    assert not loaded.tokens[1, 1].any()
+
+
+@pytest.mark.parametrize(
+    ("groups", "leaves_out", "differ", "differ_in_tokens"),
+    [
+        ([["wide"]], False, False, False),
+        ([["wide"], ["wide"]], False, False, False),
+        ([["wide"], ["wide", "wide"]], False, True, True),
+        ([["wide"], []], False, True, True),
+        ([["square"]], True, False, False),
+        ([["square"], ["wide"]], True, False, True),
+        ([["square", "square"], ["wide"]], True, True, False),  # twice half a canvas is as much as a whole one
+    ],
+)
+def test_when_references_need_a_mask(groups, leaves_out, differ, differ_in_tokens):
+    images = {"square": Image.new("RGB", (10, 10), "black"), "wide": Image.new("RGB", (20, 10), "black")}
+    groups = [[images[name] for name in group] for group in groups]
+    whole, cut = load_canvases(groups, 32, 64), load_canvases(groups, 32, 64, (2, 4))
+    assert (whole.leaves_out, whole.differ) == (False, differ)
+    assert (cut.leaves_out, cut.differ) == (leaves_out, differ_in_tokens)
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts"), [(None, 1), ("a.png", 1), (["a", "b"], 1), ([["a"], ["b", "c"]], 2), ([["a"], []], 2)]
+)
+def test_how_many_prompts_a_list_is_for(images, prompts):
+    assert count_prompts(images) == prompts
 
 
 @pytest.mark.parametrize("nothing", [None, [], [[]], [[], []], ()])

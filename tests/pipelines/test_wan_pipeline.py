@@ -7,23 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tiny_adapter import SIZE, anatomy, picture
+from tiny_generation import LATENTS, generate, noise
 from tiny_models import tiny_pipeline
 
 import refalign_adapter as ra
 from refalign_adapter.data.references import prepare_reference
 
 STEPS = {"num_inference_steps": 2}
-LATENTS = (1, 16, 2, 4, 6)
-
-
-def noise(seed=0, batch=1):
-    return torch.randn(batch, *LATENTS[1:], generator=torch.Generator().manual_seed(seed))
-
-
-def run(pipe, *arguments, **changes):
-    """Latents of a small video from fixed noise."""
-    given = {"latents": noise(), "output_type": "latent"} | SIZE | STEPS | changes
-    return pipe(*arguments, **given).frames
 
 
 @pytest.fixture
@@ -48,19 +38,19 @@ def calls(pipe):
     ],
 )
 def test_passes_of_a_step(pipe, calls, scales, riders):
-    run(pipe, "a cat", [picture(0), picture(1)], guidance_scale=scales[0], image_guidance_scale=scales[1])
+    generate(pipe, "a cat", [picture(0), picture(1)], guidance_scale=scales[0], image_guidance_scale=scales[1])
     assert calls == riders * 2
 
 
 @pytest.mark.parametrize(("scale", "riders"), [(7.5, [0, 0]), (1.0, [0])])
 def test_passes_of_a_step_without_references(pipe, calls, scale, riders):
-    run(pipe, "a cat", [], guidance_scale=scale)
+    generate(pipe, "a cat", [], guidance_scale=scale)
     assert calls == riders * 2
 
 
 def test_it_is_the_method_written_out(pipe):
     images = [picture(0), picture(1, (10, 60))]
-    got = run(pipe, "a cat", images, negative_prompt="ugly", guidance_scale=6.0, image_guidance_scale=4.0)
+    got = generate(pipe, "a cat", images, negative_prompt="ugly", guidance_scale=6.0, image_guidance_scale=4.0)
 
     references = []
     for image in images:
@@ -103,11 +93,11 @@ def test_without_references_and_guidance_it_is_the_stock_pipeline_with_the_lora(
 
 def test_references_and_their_order_matter(pipe):
     images = [picture(0), picture(1)]
-    outputs = [run(pipe, "a cat", given) for given in (images, images[::-1], images[:1], None)]
+    outputs = [generate(pipe, "a cat", given) for given in (images, images[::-1], images[:1], None)]
     for index, one in enumerate(outputs):
         for other in outputs[index + 1 :]:
             assert (one - other).abs().max() > 1e-3
-    assert torch.equal(run(pipe, "a cat", images), outputs[0])
+    assert torch.equal(generate(pipe, "a cat", images), outputs[0])
 
 
 @pytest.mark.parametrize("scales", [(7.5, 5.0), (1.0, 5.0), (1.0, 1.0)])
@@ -116,9 +106,9 @@ def test_prompts_with_different_numbers_of_references_get_what_they_get_alone(pi
     images = [[picture(0)], [picture(1), picture(2), picture(0)], []]
     given = {"guidance_scale": scales[0], "image_guidance_scale": scales[1]}
     latents = noise(3, batch=3)
-    together = run(pipe, prompts, images, latents=latents, **given)
+    together = generate(pipe, prompts, images, latents=latents, **given)
     for index, prompt in enumerate(prompts):
-        alone = run(pipe, prompt, images[index], latents=latents[index : index + 1], **given)
+        alone = generate(pipe, prompt, images[index], latents=latents[index : index + 1], **given)
         torch.testing.assert_close(together[index : index + 1], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -126,8 +116,8 @@ def test_several_videos_of_a_prompt_come_one_after_the_other(pipe):
     latents = noise(5, batch=4)
     images = [[picture(0)], [picture(1), picture(2)]]
     negative = ["ugly", "dark"]
-    together = run(pipe, ["a", "b"], images, negative_prompt=negative, latents=latents, num_videos_per_prompt=2)
-    alone = run(pipe, "b", images[1], negative_prompt="dark", latents=latents[3:])
+    together = generate(pipe, ["a", "b"], images, negative_prompt=negative, latents=latents, num_videos_per_prompt=2)
+    alone = generate(pipe, "b", images[1], negative_prompt="dark", latents=latents[3:])
     torch.testing.assert_close(together[3:], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -135,20 +125,20 @@ def test_embeddings_in_place_of_texts(pipe):
     images = [picture(0)]
     with torch.no_grad():
         embeds, negative = pipe.encode_prompt("a cat", "ugly", max_sequence_length=16)
-    expected = run(pipe, "a cat", images, negative_prompt="ugly")
+    expected = generate(pipe, "a cat", images, negative_prompt="ugly")
     given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
-    assert torch.equal(run(pipe, None, images, **given), expected)
-    twice = run(pipe, None, images, latents=noise().repeat(2, 1, 1, 1, 1), num_videos_per_prompt=2, **given)
+    assert torch.equal(generate(pipe, None, images, **given), expected)
+    twice = generate(pipe, None, images, latents=noise().repeat(2, 1, 1, 1, 1), num_videos_per_prompt=2, **given)
     torch.testing.assert_close(twice[1:], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_generators_decide_the_noise(pipe):
     make = lambda seed: torch.Generator().manual_seed(seed)  # noqa: E731
-    one = run(pipe, "a cat", [picture()], latents=None, generator=make(4))
-    assert torch.equal(run(pipe, "a cat", [picture()], latents=None, generator=make(4)), one)
-    assert not torch.equal(run(pipe, "a cat", [picture()], latents=None, generator=make(5)), one)
+    one = generate(pipe, "a cat", [picture()], latents=None, generator=make(4))
+    assert torch.equal(generate(pipe, "a cat", [picture()], latents=None, generator=make(4)), one)
+    assert not torch.equal(generate(pipe, "a cat", [picture()], latents=None, generator=make(5)), one)
     images = [[picture()], [picture()]]
-    both = run(pipe, ["a cat", "a cat"], images, latents=None, generator=[make(5), make(4)])
+    both = generate(pipe, ["a cat", "a cat"], images, latents=None, generator=[make(5), make(4)])
     torch.testing.assert_close(both[1:], one, atol=1e-5, rtol=1e-5)
 
 
@@ -156,7 +146,7 @@ def test_generators_decide_the_noise(pipe):
     ("kind", "shape"), [("np", (1, 5, 32, 48, 3)), ("pt", (1, 5, 3, 32, 48)), ("latent", LATENTS)]
 )
 def test_output_types(pipe, kind, shape):
-    frames = run(pipe, "a cat", [picture()], output_type=kind)
+    frames = generate(pipe, "a cat", [picture()], output_type=kind)
     assert frames.shape == shape
     if kind != "latent":
         assert 0 <= frames.min() <= frames.max() <= 1
@@ -165,8 +155,20 @@ def test_output_types(pipe, kind, shape):
 
 
 def test_a_single_frame_and_another_shape(pipe):
-    assert run(pipe, "a cat", [picture()], latents=None, num_frames=1, height=16, width=16).shape == (1, 16, 1, 2, 2)
-    assert run(pipe, "a cat", [picture()], latents=None, num_frames=9, height=48, width=32).shape == (1, 16, 3, 6, 4)
+    assert generate(pipe, "a cat", [picture()], latents=None, num_frames=1, height=16, width=16).shape == (
+        1,
+        16,
+        1,
+        2,
+        2,
+    )
+    assert generate(pipe, "a cat", [picture()], latents=None, num_frames=9, height=48, width=32).shape == (
+        1,
+        16,
+        3,
+        6,
+        4,
+    )
 
 
 def test_callbacks_see_and_replace(pipe):
@@ -177,7 +179,7 @@ def test_callbacks_see_and_replace(pipe):
         return {"latents": torch.zeros_like(values["latents"])} if step == 1 else {}
 
     names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-    got = run(pipe, "a cat", [picture()], callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
+    got = generate(pipe, "a cat", [picture()], callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
     assert not got.any()
     assert [(mine, step, given) for mine, step, _, given in seen] == [
         (True, 0, sorted(names)),
@@ -191,9 +193,9 @@ def test_interrupt_stops_after_the_step(pipe, calls):
         given._interrupt = True
         return {}
 
-    run(pipe, "a cat", [picture()], callback_on_step_end=callback, num_inference_steps=4)
+    generate(pipe, "a cat", [picture()], callback_on_step_end=callback, num_inference_steps=4)
     assert len(calls) == 3
-    run(pipe, "a cat", [picture()], num_inference_steps=1)
+    generate(pipe, "a cat", [picture()], num_inference_steps=1)
     assert len(calls) == 6
 
 
@@ -201,8 +203,8 @@ def test_text_is_as_long_as_the_adapter_was_trained_with(pipe):
     seen = []
     embedder = pipe.transformer.condition_embedder.text_embedder
     handle = embedder.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
-    run(pipe, "a cat", [picture()])
-    run(pipe, "a cat", [picture()], max_sequence_length=24)
+    generate(pipe, "a cat", [picture()])
+    generate(pipe, "a cat", [picture()], max_sequence_length=24)
     handle.remove()
     assert set(seen[:6]) == {16}
     assert set(seen[6:]) == {24}
@@ -216,7 +218,7 @@ def test_caches_of_diffusers_are_told_which_pass_it_is(pipe, monkeypatch):
         return original(name)
 
     monkeypatch.setattr(pipe.transformer, "cache_context", cache_context)
-    run(pipe, "a cat", [picture()])
+    generate(pipe, "a cat", [picture()])
     passes = ["negative_alone", "negative_references", "text_references"]
     assert names == [(name, step, 2) for step in range(2) for name in passes]
 
@@ -226,7 +228,7 @@ def test_bfloat16_transformer(adapter):
     base.transformer.to(torch.bfloat16)
     pipe = ra.load_adapter(base, adapter)
     pipe.set_progress_bar_config(disable=True)
-    frames = run(pipe, "a cat", [picture()])
+    frames = generate(pipe, "a cat", [picture()])
     assert frames.dtype == torch.float32
     assert frames.isfinite().all()
 
@@ -260,7 +262,7 @@ def test_bfloat16_transformer(adapter):
 )
 def test_bad_input_is_told_before_any_model_runs(pipe, calls, changes, messages):
     with pytest.raises(ra.UserError) as caught:
-        run(pipe, **{"prompt": "a cat", "reference_images": [picture()]} | changes)
+        generate(pipe, **{"prompt": "a cat", "reference_images": [picture()]} | changes)
     lines = str(caught.value).splitlines()
     assert len(lines) == len(messages), lines
     for line, message in zip(lines, messages, strict=True):
@@ -270,37 +272,37 @@ def test_bad_input_is_told_before_any_model_runs(pipe, calls, changes, messages)
 
 def test_more_references_when_asked_for(pipe, calls, monkeypatch):
     monkeypatch.setattr(pipe, "max_references", 9)
-    run(pipe, "a cat", [picture()] * 9, guidance_scale=1.0, image_guidance_scale=1.0)
+    generate(pipe, "a cat", [picture()] * 9, guidance_scale=1.0, image_guidance_scale=1.0)
     assert calls == [9, 9]
 
 
 def test_an_exception_in_the_middle_leaves_no_state(pipe):
-    before, expected = anatomy(pipe.transformer), run(pipe, "a cat", [picture()])
-    plain = run(pipe, "a cat")
+    before, expected = anatomy(pipe.transformer), generate(pipe, "a cat", [picture()])
+    plain = generate(pipe, "a cat")
 
     def callback(*_):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run(pipe, "a cat", [picture()], callback_on_step_end=callback)
+        generate(pipe, "a cat", [picture()], callback_on_step_end=callback)
     block = pipe.transformer.blocks[1]
     handle = block.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(pipe, "a cat", [picture()])
+        generate(pipe, "a cat", [picture()])
     handle.remove()
     assert pipe.current_timestep is None
     assert anatomy(pipe.transformer) == before
-    assert torch.equal(run(pipe, "a cat"), plain)
-    assert torch.equal(run(pipe, "a cat", [picture()]), expected)
+    assert torch.equal(generate(pipe, "a cat"), plain)
+    assert torch.equal(generate(pipe, "a cat", [picture()]), expected)
 
 
 def test_model_offloading_gives_the_same(fresh_pipe, monkeypatch):
     pipe = fresh_pipe
-    expected = run(pipe, "a cat", [picture()])
+    expected = generate(pipe, "a cat", [picture()])
     pipe.enable_model_cpu_offload(device="cpu")
     order, encode, move = [], pipe.branch.family.encode_images, pipe.vae._hf_hook.pre_forward
     monkeypatch.setattr(pipe.vae._hf_hook, "pre_forward", lambda *given: order.append("moved") or move(*given))
     monkeypatch.setattr(pipe.branch.family, "encode_images", lambda *given: order.append("asked") or encode(*given))
-    assert torch.equal(run(pipe, "a cat", [picture()]), expected)
+    assert torch.equal(generate(pipe, "a cat", [picture()]), expected)
     assert order[:2] == ["moved", "asked"]
-    assert torch.equal(run(pipe, "a cat", [picture()]), expected)
+    assert torch.equal(generate(pipe, "a cat", [picture()]), expected)

@@ -8,14 +8,21 @@ import pytest
 import torch
 
 from refalign_adapter.errors import UserError
+from refalign_adapter.export.adapter import weights_path
 from refalign_adapter.training.checkpoint import (
     Progress,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    load_initial_weights,
     save_checkpoint,
 )
 from refalign_adapter.training.setup import build_accelerator, build_run
+
+SCOPES = {
+    "all": (),
+    "reference": ("adapter.attention=isolated", "adapter.lora_scope=reference"),
+}
 
 
 @pytest.fixture
@@ -46,11 +53,12 @@ def test_newest_are_kept_and_found_by_number(make_run, tmp_path):
         find_checkpoint(tmp_path, str(tmp_path))
 
 
-def test_everything_comes_back(make_run, tmp_path):
-    run = make_run("ema_decay=0.9")
+@pytest.mark.parametrize("scope", SCOPES)
+def test_everything_comes_back(make_run, tmp_path, scope):
+    run = make_run("ema_decay=0.9", *SCOPES[scope])
     run.trained.ema.step([parameter for _, parameter in run.trained.branch.named_parameters()])
     folder = save_checkpoint(tmp_path, run.trained, Progress(3, 6, 1, 2), {"seed": 5})
-    other = make_run("ema_decay=0.9", "seed=1", "learning_rate=1e-4")
+    other = make_run("ema_decay=0.9", "seed=1", "learning_rate=1e-4", *SCOPES[scope])
     progress, facts = load_checkpoint(folder, other.trained)
     assert (progress, facts) == (Progress(3, 6, 1, 2), {"seed": 5})
     pairs = zip(run.trained.named_parameters(), other.trained.named_parameters(), strict=True)
@@ -89,6 +97,51 @@ def test_damage_is_one_line(make_run, tmp_path, name):
         ) as caught:
             load_checkpoint(folder, run.trained)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_damage_of_weights_for_references_alone_is_one_line(make_run, tmp_path):
+    run = make_run(*SCOPES["reference"])
+    folder = save_checkpoint(tmp_path, run.trained, Progress(1, 2, 0, 2), {})
+    file = weights_path(folder / "adapter")
+    assert file.name == "refalign_reference_lora.safetensors"
+    for damage in (lambda: os.truncate(file, file.stat().st_size // 2), file.unlink):
+        damage()
+        with pytest.raises(UserError, match=r"^resume_from_checkpoint: .* is damaged .* delete it to resume"):
+            load_checkpoint(folder, run.trained)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_an_adapter_starts_another_run_of_its_scope(make_run, tmp_path, scope):
+    (other,) = set(SCOPES) - {scope}
+    run = make_run(*SCOPES[scope])
+    folder = save_checkpoint(tmp_path, run.trained, Progress(1, 2, 0, 2), {})
+    second = make_run("seed=1", *SCOPES[scope]).trained
+    assert load_initial_weights(str(folder / "adapter"), second.branch, second.projectors)
+    pairs = zip(run.trained.named_parameters(), second.named_parameters(), strict=True)
+    assert all(torch.equal(one, two) for (_, one), (_, two) in pairs)
+    third = make_run(*SCOPES[other]).trained
+    before = [parameter.clone() for _, parameter in third.named_parameters()]
+    refused = {
+        "init_adapter": lambda: load_initial_weights(str(folder / "adapter"), third.branch, third.projectors),
+        "resume_from_checkpoint": lambda: load_checkpoint(folder, third),
+    }
+    for field, act in refused.items():
+        message = f"^{field}: .* has lora_scope '{scope}', this recipe '{other}'; use the adapter section"
+        with pytest.raises(UserError, match=message) as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert all(
+        torch.equal(parameter, then) for (_, parameter), then in zip(third.named_parameters(), before, strict=True)
+    )
+
+
+def test_a_damaged_adapter_to_start_from_is_one_line(make_run, tmp_path):
+    run = make_run(*SCOPES["reference"]).trained
+    folder = run.branch.save_pretrained(tmp_path / "adapter")
+    weights_path(folder).write_bytes(b"no weights")
+    with pytest.raises(UserError, match="^init_adapter: .* is damaged") as caught:
+        load_initial_weights(str(folder), run.branch, None)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_state_without_a_field_is_damaged(make_run, tmp_path):

@@ -71,7 +71,7 @@ def test_ctrl_c_run_is_taken_up_where_it_stopped(tiny_world, make_recipe, tmp_pa
 
 
 def test_a_recipe_of_the_checkout_under_accelerate_launch_and_ctrl_c(tiny_world, tmp_path):
-    recipe = copy_recipe("demo/joint", tmp_path / "mine.yaml")
+    recipe = copy_recipe("demo/isolated", tmp_path / "mine.yaml")
     first_line = recipe.read_text().splitlines()[0].removeprefix("# accelerate launch ").split()
     small = yaml.safe_load((tiny_world / "recipe.yaml").read_text())
     changes = [f"{name}={json.dumps(value)}" for name, value in small.items() if name != "output_dir"]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from refalign_adapter import ConfigError, UserError
+from refalign_adapter import ConfigError, RefAlignConfig, UserError
 from refalign_adapter.analysis.sensitivity import Sensitivity
 from refalign_adapter.data.video import write_video
 from refalign_adapter.training.recipe_file import load_recipe
@@ -138,7 +138,9 @@ def test_report_of_what_was_measured(tmp_path: Path):
         frames = generator.integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
         write_video(tmp_path / "samples" / f"{job.key}.mp4", frames, fps=8)
     (tmp_path / "training" / "adapter").mkdir(parents=True)
-    (tmp_path / "training" / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(b"0" * 1_500_000)
+    config = RefAlignConfig(attention="isolated", lora_scope="reference")
+    config.save(tmp_path / "training" / "adapter")
+    (tmp_path / "training" / "adapter" / "refalign_reference_lora.safetensors").write_bytes(b"0" * 1_500_000)
     names = ("train/flow", "train/positive", "train/negative", "train/cosine/block_0")
     rows = [{"step": step, **dict.fromkeys(names, 0.5)} for step in range(1, 10)]
     (tmp_path / "training" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -151,7 +153,14 @@ def test_report_of_what_was_measured(tmp_path: Path):
     write_demo_report(tmp_path, measured, options, {"world": 1.0}, ["refalign generate --prompt 'x'"])
 
     facts = json.loads((tmp_path / "report.json").read_text())
-    assert facts["reference_sensitivity"] == {"true": 0.3, "shuffled": 0.4, "swapped": 0.3, "none": 0.5, "n": 64, "p_value": 1e-5}
+    assert facts["reference_sensitivity"] == {
+        "true": 0.3,
+        "shuffled": 0.4,
+        "swapped": 0.3,
+        "none": 0.5,
+        "n": 64,
+        "p_value": 1e-5,
+    }
     assert facts["reference_features"]["after"]["retrieval"] == 1.0
     assert (facts["steps"], facts["adapter_bytes"], facts["options"]) == (9, 1_500_000, {"seed": 0, "train_clips": 12})
     text = (tmp_path / "report.html").read_text()

@@ -1,0 +1,70 @@
+"""What the passes of a generation's steps see, encoded.
+
+Shape letters: B prompts times videos per prompt, C latent channels, M references, h and w their latents' height and
+width, S text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..branch.reference_cache import ReferenceCache
+from .guidance import GuidancePass
+
+
+@dataclass(frozen=True)
+class EncodedReferences:
+    """References as `ReferenceBranch.references` takes them.
+
+    Attributes:
+        given: (B, C, M, h, w) latents (joint attention), or keys and values (isolated) of B samples or of one that
+            stands for all.
+        mask: (B, M) bool, True where one of the latents' references is real; None: all are.
+    """
+
+    given: Tensor | ReferenceCache
+    mask: Tensor | None = None
+
+    def for_videos(self, videos: int) -> EncodedReferences:
+        """Every sample `videos` times, one after the other."""
+        if isinstance(self.given, ReferenceCache):
+            return replace(self, given=self.given.repeat_interleave(videos) if len(self.given) > 1 else self.given)
+        mask = None if self.mask is None else self.mask.repeat_interleave(videos, 0)
+        return EncodedReferences(self.given.repeat_interleave(videos, 0), mask)
+
+    def for_passes(self, passes: int) -> EncodedReferences:
+        """All samples `passes` times over."""
+        if passes == 1:
+            return self
+        if isinstance(self.given, ReferenceCache):
+            return replace(self, given=self.given.repeat(passes) if len(self.given) > 1 else self.given)
+        mask = None if self.mask is None else self.mask.repeat(passes, 1)
+        return EncodedReferences(self.given.repeat(passes, 1, 1, 1, 1), mask)
+
+
+@dataclass
+class Conditions:
+    """What passes see. A user's callback may replace the embeddings.
+
+    Attributes:
+        prompt_embeds, negative_prompt_embeds: (B, S, D); the latter None when no pass needs it.
+        references: None without.
+        attention_kwargs: handed to the transformer.
+    """
+
+    prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor | None
+    references: EncodedReferences | None
+    attention_kwargs: dict[str, Any] | None = None
+
+    def texts(self, passes: Sequence[GuidancePass]) -> Tensor:
+        """(passes · B, S, D), pass by pass."""
+        texts = [self.prompt_embeds if item.text else self.negative_prompt_embeds for item in passes]
+        given = [text for text in texts if text is not None]
+        assert len(given) == len(passes), "a pass without a negative prompt"
+        return given[0] if len(given) == 1 else torch.cat(given)
