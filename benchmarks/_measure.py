@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,17 +27,20 @@ class Times(dict[str, list[float]]):
 
 
 def time_in_turn(works: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> Times:
-    """Seconds of every work, round by round, all of them there and back in each.
+    """Seconds of every work, round by round, all of them there and back in each, in another order every round.
 
     A work's figure is the mean of its two, so that a load on the machine that grows or falls evenly cancels out of
-    ratios. Every work runs once before, uncounted.
+    ratios; the order changes, as a work that follows itself finds its memory still mapped. Every work runs once
+    before, uncounted.
     """
     for work in works.values():
         work()
     times = Times({name: [] for name in works})
+    orders = random.Random(0)
     for _ in range(rounds):
-        there = {name: _seconds(work, device) for name, work in works.items()}
-        back = {name: _seconds(works[name], device) for name in reversed(list(works))}
+        order = orders.sample(list(works), len(works))
+        there = {name: _seconds(works[name], device) for name in order}
+        back = {name: _seconds(works[name], device) for name in reversed(order)}
         for name in works:
             times[name].append((there[name] + back[name]) / 2)
     return times

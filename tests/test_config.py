@@ -11,7 +11,20 @@ def test_every_problem_is_told_at_once():
             attention="jiont", r=0, lora_alpha=-1, lora_dropout=1.0, align_layers=[1, 1], teachers=["a", "a"]
         )
     assert len(caught.value.problems) == 6
-    assert "attention must be one of ['joint'], got 'jiont'" in caught.value.problems
+    assert "attention must be one of ['isolated', 'joint'], got 'jiont'" in caught.value.problems
+
+
+def test_what_only_isolated_attention_has_is_refused_with_joint():
+    with pytest.raises(ra.ConfigError) as caught:
+        ra.RefAlignConfig(reference_frame=3, reference_scale=0.5, drop_background=True)
+    names = ("reference_frame", "reference_scale", "drop_background")
+    assert [problem.split(" needs attention='isolated'")[0] for problem in caught.value.problems] == list(names)
+    with pytest.raises(ra.ConfigError, match=r"lora_scope must be one of \['all'\] with attention='joint'"):
+        ra.RefAlignConfig(lora_scope="reference")
+    with pytest.raises(ra.ConfigError) as caught:
+        ra.RefAlignConfig(attention="isolated", reference_frame=-1, reference_scale=0, drop_background=1)
+    assert len(caught.value.problems) == 3
+    assert ra.RefAlignConfig(attention="isolated", lora_scope="reference", reference_frame=0).reference_frame == 0
 
 
 def test_a_misspelt_key_is_told_with_the_nearest_one():
