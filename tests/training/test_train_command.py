@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from refalign_adapter.errors import UserError
+from refalign_adapter.export.adapter import read_weights
 from refalign_adapter.recipes import copy_recipe
 from refalign_adapter.train import main
 from refalign_adapter.training import loop
@@ -105,11 +106,16 @@ def test_sigterm_while_validating_stops_after_the_step(make_recipe, tmp_path, mo
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
 
 
-def test_two_processes_average_their_gradients(tiny_world, make_recipe, launch, tmp_path):
+@pytest.mark.parametrize(
+    "adapter",
+    [["dropout.references=0.5"], ["adapter.attention=isolated", "adapter.lora_scope=reference"]],
+    ids=["joint", "isolated reference"],
+)
+def test_two_processes_average_their_gradients(tiny_world, make_recipe, launch, tmp_path, adapter):
     """One step of SGD on two processes is the step that the mean gradient of both batches gives."""
     options = ["optimizer=sgd", "max_train_steps=1", "train_batch_size=1", "gradient_accumulation_steps=1",
                "max_grad_norm=null", "adam_weight_decay=0", "adapter.lora_dropout=0", "learning_rate=1.0",
-               "validation_steps=1", "dropout.references=0.5"]  # fmt: skip
+               "validation_steps=1", *adapter]  # fmt: skip
     launcher = (*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     result = launch(tmp_path / "two", *options, launcher=launcher, environment={"ACCELERATE_USE_CPU": "true"})
     assert result.returncode == 0, result.stderr
@@ -124,11 +130,10 @@ def test_two_processes_average_their_gradients(tiny_world, make_recipe, launch, 
         output = run.module(batch, run.data.empty_text, generator=generator, alignment_weight=1.0)
         total, flows = total + output.loss / 2, [*flows, float(output.flow)]
     total.backward()
-    saved = load_file(tmp_path / "two" / WEIGHTS)
+    saved = read_weights(tmp_path / "two" / "adapter")
     for name, parameter in run.trained.branch.named_parameters():
         expected = (parameter - parameter.grad).detach()
-        got = saved[f"transformer.{name.replace('.refalign', '')}"]
-        assert torch.allclose(got, expected, atol=1e-6), name
+        assert torch.allclose(saved[name.replace(".refalign", "")], expected, atol=1e-6), name
     before, row, after = read_metrics(tmp_path / "two" / "metrics.jsonl")
     assert row["train/flow"] == pytest.approx(sum(flows) / 2, rel=1e-6)
     alone = train(make_recipe("max_train_steps=1", "validation_steps=1", *options[2:]))
