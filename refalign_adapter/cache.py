@@ -16,12 +16,13 @@ from pathlib import Path
 from .errors import ConfigError, UserError
 
 
-def run(config: str | Path, overrides: Sequence[str] = ()) -> None:
+def run(config: str | Path, overrides: Sequence[str] = (), *, rehash: bool = False) -> None:
     """Make the cache that a recipe needs and print what was done.
 
     Args:
         config: the recipe, a YAML file.
         overrides: `key=value` with dotted keys; they win over the file.
+        rehash: hash every file of the data set anew.
 
     Raises:
         UserError: a mistake in the recipe, or rows that cannot be read; all of them at once.
@@ -53,7 +54,7 @@ def run(config: str | Path, overrides: Sequence[str] = ()) -> None:
     options = options_of(recipe)
     main_process = process_state().is_main_process
     try:
-        report = cache_dataset(options, progress=show if main_process else None)
+        report = cache_dataset(options, progress=show if main_process else None, rehash=rehash)
     finally:
         if bar.live.is_started:
             bar.stop()
@@ -71,10 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="fields that win over the file, such as data.height=240"
     )
+    parser.add_argument("--rehash", action="store_true", help="hash every file anew, also those that look unchanged")
     arguments = parser.parse_args(argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of CPU kernels that nothing here uses
     try:
-        run(arguments.config, arguments.overrides)
+        run(arguments.config, arguments.overrides, rehash=arguments.rehash)
     except UserError as error:
         # Lists of problems are the same on every process.
         if not isinstance(error, ConfigError) or int(os.environ.get("RANK", 0)) == 0:

@@ -103,11 +103,12 @@ def recipes_copy(
 def cache(
     config: Annotated[Path, typer.Option(help="The recipe (YAML).")],
     overrides: Overrides = None,
+    rehash: Annotated[bool, typer.Option("--rehash", help="Hash every file anew, also those unchanged.")] = False,
 ) -> None:
     """Encode clips, references and captions once, so that training needs the transformer alone."""
     from .cache import run
 
-    run(config, overrides or [])
+    run(config, overrides or [], rehash=rehash)
 
 
 @app.command()

@@ -12,6 +12,7 @@ import yaml
 
 from refalign_adapter.cache import main
 from refalign_adapter.data.dataset import open_cache
+from refalign_adapter.data.digests import DIGESTS_NAME
 from refalign_adapter.data.options import options_of
 from refalign_adapter.training.config import Recipe
 from refalign_adapter.training.recipe_file import load_recipe
@@ -45,7 +46,8 @@ def recipe(tmp_path_factory):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    found = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != DIGESTS_NAME]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def test_a_recipe_gives_a_cache_that_its_training_opens(recipe, capsys):

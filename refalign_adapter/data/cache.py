@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader
 
 from ..errors import ConfigError, UserError
 from ..files import require_writable_folder, write_json
+from .digests import FileDigests
 from .encode import PreparedRow, RowEncoder, RowPreparer, facts_of
 from .encoders import Encoders, load_encoders
 from .index import FORMAT, META_NAME, IndexEntry, write_index
 from .manifest import Row, load_manifest, manifest_path
 from .options import CacheOptions
-from .parts import PartStore, file_digest
+from .parts import PARTS, PartStore, file_digest
 
 Progress = Callable[[int, int], None]
 
@@ -39,14 +40,21 @@ class CacheReport:
         rows: split -> rows in the cache; rows of equal content count once.
         made, reused: part -> how often it was encoded, and how often it was there.
         seconds: duration of the run.
-        bytes: of all files that the rows use.
+        bytes_of: part -> bytes of the files that the rows use.
+        seconds_of: "decoding" (what this process waited for it) and encoder -> seconds, summed over the processes.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
     made: Counter[str] = field(default_factory=Counter)
     reused: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
-    bytes: int = 0
+    bytes_of: dict[str, int] = field(default_factory=dict)
+    seconds_of: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def bytes(self) -> int:
+        """Of all files that the rows use."""
+        return sum(self.bytes_of.values())
 
     @property
     def rows_per_second(self) -> float:
@@ -59,13 +67,19 @@ class CacheReport:
         return self.bytes / max(1, sum(self.rows.values()))
 
     def summary(self) -> str:
-        """One line for people."""
+        """What was done in one line, then where time and bytes went."""
         rows = " + ".join(f"{count} {split}" for split, count in self.rows.items())
         return (
             f"cached {rows} rows in {self.seconds:.1f} s ({self.rows_per_second:.2f} rows/s): "
             f"{self.made.total()} parts made, {self.reused.total()} were there; "
-            f"{self.bytes / 1e6:.1f} MB, {self.bytes_per_row / 1e6:.3f} MB a row"
+            f"{self.bytes / 1e6:.1f} MB, {self.bytes_per_row / 1e6:.3f} MB a row\n"
+            f"seconds: {', '.join(f'{name} {value:.1f}' for name, value in self.seconds_of.items())}\n"
+            f"MB a row: {', '.join(f'{part} {value / 1e6:.3f}' for part, value in self.bytes_per_part().items())}"
         )
+
+    def bytes_per_part(self) -> dict[str, float]:
+        """Part -> mean bytes of a row."""
+        return {part: value / max(1, sum(self.rows.values())) for part, value in self.bytes_of.items()}
 
 
 def process_state() -> PartialState:
@@ -75,7 +89,11 @@ def process_state() -> PartialState:
 
 
 def cache_dataset(
-    options: CacheOptions, *, device: torch.device | str | None = None, progress: Progress | None = None
+    options: CacheOptions,
+    *,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    rehash: bool = False,
 ) -> CacheReport:
     """Read the manifests, load the encoders, build the cache.
 
@@ -83,6 +101,7 @@ def cache_dataset(
         options: see `CacheOptions`.
         device: of the encoders; None takes accelerate's.
         progress: called with (rows done, rows in all) of this process.
+        rehash: hash all files of the data set anew, instead of those that have changed by size or time.
 
     Raises:
         UserError: something the options name is missing, unreadable or does not fit.
@@ -95,11 +114,16 @@ def cache_dataset(
     }
     require_writable_folder(options.cache_dir, "cache_dir")
     encoders = load_encoders(options, device or process_state().device or "cpu")
-    return build_cache(options, rows, encoders, progress)
+    return build_cache(options, rows, encoders, progress, rehash=rehash)
 
 
 def build_cache(
-    options: CacheOptions, rows: dict[str, list[Row]], encoders: Encoders, progress: Progress | None = None
+    options: CacheOptions,
+    rows: dict[str, list[Row]],
+    encoders: Encoders,
+    progress: Progress | None = None,
+    *,
+    rehash: bool = False,
 ) -> CacheReport:
     """Encode what is not in the cache yet, then write the indices and `meta.json`.
 
@@ -110,6 +134,7 @@ def build_cache(
         rows: split -> rows.
         encoders: see `load_encoders`.
         progress: called with (rows done, rows in all) of this process.
+        rehash: see `cache_dataset`.
 
     Raises:
         ConfigError: lists every row that cannot be read, or sizes that the base cannot cut into tokens.
@@ -117,12 +142,14 @@ def build_cache(
     started, state = time.perf_counter(), process_state()
     encoders.check_sizes(options)
     encoder = RowEncoder(options, encoders, facts_of(options, encoders), PartStore(options.cache_dir))
+    digests = FileDigests(options.cache_dir, rehash=rehash)
     if state.is_main_process:
         encoder.store.remove_leftovers()
+        digests.tidy()
     empty_text = encoder.encode_text("")
     work = [(split, row) for split, split_rows in rows.items() for row in split_rows]
-    entries, problems = _encode_all(work[state.process_index :: state.num_processes], encoder, progress)
-    every = gather_object([(entries, problems, encoder.made, encoder.reused)])
+    entries, problems = _encode_all(work[state.process_index :: state.num_processes], encoder, digests, progress)
+    every = gather_object([(entries, problems, encoder.made, encoder.reused, Counter(encoder.seconds))])
     if problems := [problem for item in every for problem in item[1]]:
         raise ConfigError(problems)
     splits = {split: _in_order(every, split) for split in rows}
@@ -130,21 +157,34 @@ def build_cache(
     for item in every:
         report.made += item[2]
         report.reused += item[3]
+        report.seconds_of.update(item[4])
     if state.is_main_process:
         _write(options, encoder, splits, empty_text)
         files = {file for found in splits.values() for entry in found for file in entry.parts.files()}
-        report.bytes = sum(encoder.store.size(*file) for file in files)
+        report.bytes_of = _sizes(files, encoder.store)
     state.wait_for_everyone()
     report.seconds = time.perf_counter() - started
     return report
 
 
+def _sizes(files: set[tuple[str, str]], store: PartStore) -> dict[str, int]:
+    """Part -> bytes of these files."""
+    sizes: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for part, key in files:
+        sizes[part] += store.size(part, key)
+    return {part: size for part, size in sizes.items() if size}
+
+
 def _encode_all(
-    work: list[tuple[str, Row]], encoder: RowEncoder, progress: Progress | None
+    work: list[tuple[str, Row]], encoder: RowEncoder, digests: FileDigests, progress: Progress | None
 ) -> tuple[list[tuple[str, IndexEntry]], list[str]]:
     """(split, entry) of the rows that could be read, and the problems of the others."""
     entries, problems = [], []
-    for done, ((split, row), prepared) in enumerate(zip(work, _prepare(work, encoder), strict=True), 1):
+    prepared_rows = _prepare(work, encoder, digests)
+    for done, (split, row) in enumerate(work, 1):
+        started = time.perf_counter()
+        prepared = next(prepared_rows)
+        encoder.seconds["decoding"] += time.perf_counter() - started
         if prepared.problem is None:
             entries.append((split, encoder.encode(row, prepared)))
         else:
@@ -155,9 +195,9 @@ def _encode_all(
     return entries, problems
 
 
-def _prepare(work: list[tuple[str, Row]], encoder: RowEncoder) -> Iterator[PreparedRow]:
+def _prepare(work: list[tuple[str, Row]], encoder: RowEncoder, digests: FileDigests) -> Iterator[PreparedRow]:
     size = encoder.encoders.canvas_size(encoder.options)
-    preparer = RowPreparer([row for _, row in work], encoder.options, encoder.facts, encoder.store, size)
+    preparer = RowPreparer([row for _, row in work], encoder.options, encoder.facts, encoder.store, size, digests)
     yield from DataLoader(preparer, batch_size=None, num_workers=encoder.options.num_workers, collate_fn=_as_it_is)
 
 

@@ -10,10 +10,12 @@ M references, S text tokens, D text width, V augmented variants, h and w a teach
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,9 @@ from .options import DTYPES, CacheOptions
 from .parts import PartStore, file_digest, hash_of
 from .references import AUGMENTATION, content_tokens, prepare_reference
 from .video import read_image, read_mask, read_video
+
+Digest = Callable[[str | Path], str]
+"""A file's sha256: `parts.file_digest`, or one that remembers, `digests.FileDigests`."""
 
 
 @dataclass(frozen=True)
@@ -93,23 +98,28 @@ def facts_of(options: CacheOptions, encoders: Encoders) -> Facts:
     )
 
 
-def parts_of(row: Row, facts: Facts) -> RowParts:
-    """The keys of the row's parts; reads all bytes of its files.
+def parts_of(row: Row, facts: Facts, digest: Digest = file_digest) -> RowParts:
+    """The keys of the row's parts.
+
+    Args:
+        row: whose files are hashed.
+        facts: what else decides.
+        digest: hashes a file.
 
     Raises:
         UserError: a file that cannot be read.
     """
     images = [
         {
-            "image": file_digest(item.image),
-            "mask": file_digest(item.mask) if item.mask else None,
+            "image": digest(item.image),
+            "mask": digest(item.mask) if item.mask else None,
             "box": [float(side) for side in item.box] if item.box else None,
         }
         for item in row.references
     ]
     references = {"images": images, "augmentation": facts.augmentation if row.pair == "regular" else None}
     return RowParts(
-        video=hash_of([file_digest(row.clip), facts.video]),
+        video=hash_of([digest(row.clip), facts.video]),
         references=hash_of([references, facts.references]),
         text=text_key(row.caption, facts),
         teachers={name: hash_of([references, fact]) for name, fact in facts.teachers.items()},
@@ -130,13 +140,20 @@ class RowPreparer(Dataset[PreparedRow]):
         options, facts: how.
         store: where finished parts are; what is there is not decoded again.
         canvas_size: height and width of a reference's canvas in pixels.
+        digest: hashes a file.
     """
 
     def __init__(
-        self, rows: list[Row], options: CacheOptions, facts: Facts, store: PartStore, canvas_size: tuple[int, int]
+        self,
+        rows: list[Row],
+        options: CacheOptions,
+        facts: Facts,
+        store: PartStore,
+        canvas_size: tuple[int, int],
+        digest: Digest = file_digest,
     ):
         self.rows, self.options, self.facts, self.store = rows, options, facts, store
-        self.canvas_size = canvas_size
+        self.canvas_size, self.digest = canvas_size, digest
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -145,26 +162,27 @@ class RowPreparer(Dataset[PreparedRow]):
         row, options = self.rows[index], self.options
         prepared = PreparedRow()
         try:
-            parts = parts_of(row, self.facts)
+            parts = parts_of(row, self.facts, self.digest)
             if self.store.shape("video", parts.video) is None:
                 size = {"height": options.height, "width": options.width}
                 prepared.frames = read_video(row.clip, num_frames=options.num_frames, fps=options.fps, **size)
             drawn = [(part, key) for part, key in parts.files() if part in ("references", "teacher", "tokens")]
             if any(self.store.shape(part, key) is None for part, key in drawn):
-                prepared.canvases = draw_canvases(row, options, self.canvas_size)
+                prepared.canvases = draw_canvases(row, options, self.canvas_size, self.digest)
             prepared.parts = parts
         except UserError as error:
             prepared.problem = str(error)
         return prepared
 
 
-def draw_canvases(row: Row, options: CacheOptions, size: tuple[int, int]) -> np.ndarray:
+def draw_canvases(row: Row, options: CacheOptions, size: tuple[int, int], digest: Digest = file_digest) -> np.ndarray:
     """The row's references as the encoders see them, uint8 (V, M, H', W', 3); V is 1 where nothing is augmented.
 
     Args:
         row: whose references.
         options: how.
         size: H' and W'.
+        digest: hashes a file.
 
     Raises:
         UserError: an image or mask that cannot be read or does not fit.
@@ -174,10 +192,10 @@ def draw_canvases(row: Row, options: CacheOptions, size: tuple[int, int]) -> np.
     for reference in row.references:
         image = read_image(reference.image)
         mask = read_mask(reference.mask) if reference.mask else None
-        digest = file_digest(reference.image)
+        image_digest = digest(reference.image)
         for number, canvases in enumerate(variants):
             # A reference draws the same augmentation wherever it occurs.
-            seed = int(hash_of([options.seed, digest, number])[:16], 16) if augmented else None
+            seed = int(hash_of([options.seed, image_digest, number])[:16], 16) if augmented else None
             try:
                 canvas = prepare_reference(
                     image,
@@ -201,6 +219,7 @@ class RowEncoder:
     Attributes:
         options, encoders, facts, store: how and where.
         made, reused: part -> files written, files that were there.
+        seconds: encoder -> time it took.
     """
 
     options: CacheOptions
@@ -209,18 +228,19 @@ class RowEncoder:
     store: PartStore
     made: Counter[str] = field(default_factory=Counter)
     reused: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def encode(self, row: Row, prepared: PreparedRow) -> IndexEntry:
         """Write the parts that are missing; returns the row's entry of the index."""
         parts = prepared.parts
         assert parts is not None
-        shape = self._part("video", parts.video, lambda: self._latents(prepared.frames))
-        references = self._part("references", parts.references, lambda: self._references(prepared.canvases))
+        shape = self._part("video", parts.video, lambda: self._latents(prepared.frames), "VAE")
+        references = self._part("references", parts.references, lambda: self._references(prepared.canvases), "VAE")
         self.encode_text(row.caption)
         for name, key in parts.teachers.items():
-            self._part("teacher", key, partial(self._features, name, prepared.canvases))
+            self._part("teacher", key, partial(self._features, name, prepared.canvases), f"teacher {name}")
         if parts.tokens:
-            self._part("tokens", parts.tokens, lambda: self._tokens(prepared.canvases))
+            self._part("tokens", parts.tokens, lambda: self._tokens(prepared.canvases), "tokens")
         return IndexEntry(
             key=hash_of([parts.video, parts.references, parts.text, row.subjects]),
             file_name=row.file_name,
@@ -234,19 +254,23 @@ class RowEncoder:
     def encode_text(self, caption: str) -> str:
         """Write a caption's embedding (tokens, D) up to its last token; returns its key."""
         key = text_key(caption, self.facts)
-        self._part("text", key, lambda: self._embedding(caption))
+        self._part("text", key, lambda: self._embedding(caption), "text encoder")
         return key
 
-    def _part(self, part: str, key: str, make: Callable[[], Tensor]) -> tuple[int, ...]:
-        """Shape of the part, made if it is missing."""
+    def _part(self, part: str, key: str, make: Callable[[], Tensor], encoder: str) -> tuple[int, ...]:
+        """Shape of the part, made by `encoder` if it is missing."""
         shape = self.store.shape(part, key)
-        (self.made if shape is None else self.reused)[part] += 1
         if shape is None:
+            started = perf_counter()
             tensor = make()
             if tensor.is_floating_point():
                 tensor = tensor.to(DTYPES[self.options.dtype])
+            tensor = tensor.cpu()  # waits for the device, so that its time is counted here
+            self.seconds[encoder] += perf_counter() - started
             self.store.write(part, key, tensor)
-            shape = tuple(tensor.shape)
+            self.made[part] += 1
+            return tuple(tensor.shape)
+        self.reused[part] += 1
         return shape
 
     def _latents(self, frames: np.ndarray | None) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from refalign_adapter.data.cache import cache_dataset
+from refalign_adapter.data.digests import DIGESTS_NAME
 from refalign_adapter.data.encoders import load_encoders
 from refalign_adapter.data.index import read_index
 from refalign_adapter.data.manifest import load_manifest
@@ -37,10 +38,9 @@ def copy_of(options, folder):
 
 
 def contents(cache_dir):
-    """All files of a cache: path -> bytes."""
-    return {
-        str(path.relative_to(cache_dir)): path.read_bytes() for path in Path(cache_dir).rglob("*") if path.is_file()
-    }
+    """All files of a cache but its notes on the data set's files: path -> bytes."""
+    files = [path for path in Path(cache_dir).rglob("*") if path.is_file() and path.name != DIGESTS_NAME]
+    return {str(path.relative_to(cache_dir)): path.read_bytes() for path in files}
 
 
 def test_parts_are_what_the_encoders_give(cached, encoders):
@@ -90,6 +90,19 @@ def test_the_report_counts_time_and_bytes(cached):
     assert report.seconds > 0
     assert "cached 4 train rows" in report.summary()
     assert "17 parts made, 0 were there" in report.summary()
+    encoded = {"VAE", "text encoder", f"teacher {options.teachers[0]}"}
+    assert set(report.seconds_of) == {"decoding", *encoded}
+    assert all(value > 0 for value in report.seconds_of.values())
+    assert sum(report.seconds_of.values()) < report.seconds
+    for part in ("video", "references", "text", "teacher"):
+        size = sum(path.stat().st_size for path in Path(options.cache_dir, part).glob("*.safetensors"))
+        assert report.bytes_per_part()[part] == (size - empty * (part == "text")) / 4
+        assert f"{part} {report.bytes_per_part()[part] / 1e6:.3f}" in report.summary()
+
+
+def test_a_run_without_work_spends_no_time_on_encoders(cached, encoders, build_options):
+    report = build_options(cached[0], encoders)
+    assert set(report.seconds_of) == {"decoding"}
 
 
 def test_what_is_there_is_not_made_again_and_runs_agree(cached, encoders, build_options, tmp_path):
