@@ -1,7 +1,7 @@
 """Encode clips, references and captions once: `python -m refalign_adapter.cache --config FILE [key=value …]`.
 
 `accelerate launch -m refalign_adapter.cache …` shares the rows out among its processes. Running it again goes on where
-an interrupted run stopped, and encodes anew only what has changed.
+an interrupted run stopped, and encodes anew only what has changed. `--verify` and `--prune` look after a finished one.
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from .data.options import CacheOptions
 
 
 def run(config: str | Path, overrides: Sequence[str] = (), *, rehash: bool = False) -> None:
@@ -27,9 +32,51 @@ def run(config: str | Path, overrides: Sequence[str] = (), *, rehash: bool = Fal
     Raises:
         UserError: a mistake in the recipe, or rows that cannot be read; all of them at once.
     """
+    options = _options(config, overrides)
+    from .data.cache import cache_dataset, process_state
+
+    main_process = process_state().is_main_process
+    with _progress("caching rows") as show:
+        report = cache_dataset(options, progress=show if main_process else None, rehash=rehash)
+    if main_process:
+        print(report.summary())
+
+
+def look_after(
+    config: str | Path, overrides: Sequence[str] = (), *, verify: bool = False, prune: bool = False
+) -> None:
+    """Check a finished cache, delete what it does not need, and print what was found; one process is enough.
+
+    Args:
+        config, overrides: as in `run`.
+        verify: read every part of every row.
+        prune: delete the parts that no row needs any more; not done when the check fails.
+
+    Raises:
+        UserError: there is no finished cache of this recipe, or parts are missing or damaged.
+    """
+    options = _options(config, overrides)
+    from .data.verify import prune_cache, verify_cache
+
+    if verify:
+        with _progress("checking parts") as show:
+            files = verify_cache(options, show)
+        print(f"checked {files.count} parts, {files.bytes / 1e6:.1f} MB: all whole")
+    if prune:
+        files = prune_cache(options.cache_dir)
+        print(f"deleted {files.count} parts that no row needs, {files.bytes} bytes")
+
+
+def _options(config: str | Path, overrides: Sequence[str]) -> CacheOptions:
+    from .data.options import options_of
     from .training.recipe_file import load_recipe
 
-    recipe = load_recipe(config, overrides)
+    return options_of(load_recipe(config, overrides))
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that appears with the first call of (done, in all)."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -40,26 +87,19 @@ def run(config: str | Path, overrides: Sequence[str] = (), *, rehash: bool = Fal
         TimeRemainingColumn,
     )
 
-    from .data.cache import cache_dataset, process_state
-    from .data.options import options_of
-
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Progress(TextColumn("caching rows"), *columns, console=Console(stderr=True))
-    task = bar.add_task("rows", total=None)
+    bar = Progress(TextColumn(title), *columns, console=Console(stderr=True))
+    task = bar.add_task("", total=None)
 
     def show(done: int, total: int) -> None:
         bar.start()
         bar.update(task, completed=done, total=total)
 
-    options = options_of(recipe)
-    main_process = process_state().is_main_process
     try:
-        report = cache_dataset(options, progress=show if main_process else None, rehash=rehash)
+        yield show
     finally:
         if bar.live.is_started:
             bar.stop()
-    if main_process:
-        print(report.summary())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,10 +113,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="fields that win over the file, such as data.height=240"
     )
     parser.add_argument("--rehash", action="store_true", help="hash every file anew, also those that look unchanged")
+    parser.add_argument("--verify", action="store_true", help="make nothing: read and check every part of every row")
+    parser.add_argument("--prune", action="store_true", help="make nothing: delete parts that no row needs any more")
     arguments = parser.parse_args(argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of CPU kernels that nothing here uses
     try:
-        run(arguments.config, arguments.overrides, rehash=arguments.rehash)
+        if arguments.verify or arguments.prune:
+            look_after(arguments.config, arguments.overrides, verify=arguments.verify, prune=arguments.prune)
+        else:
+            run(arguments.config, arguments.overrides, rehash=arguments.rehash)
     except UserError as error:
         # Lists of problems are the same on every process.
         if not isinstance(error, ConfigError) or int(os.environ.get("RANK", 0)) == 0:

@@ -104,11 +104,16 @@ def cache(
     config: Annotated[Path, typer.Option(help="The recipe (YAML).")],
     overrides: Overrides = None,
     rehash: Annotated[bool, typer.Option("--rehash", help="Hash every file anew, also those unchanged.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Make nothing: read and check every part.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Make nothing: delete parts that no row needs.")] = False,
 ) -> None:
     """Encode clips, references and captions once, so that training needs the transformer alone."""
-    from .cache import run
+    from .cache import look_after, run
 
-    run(config, overrides or [], rehash=rehash)
+    if verify or prune:
+        look_after(config, overrides or [], verify=verify, prune=prune)
+    else:
+        run(config, overrides or [], rehash=rehash)
 
 
 @app.command()

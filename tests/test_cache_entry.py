@@ -133,3 +133,25 @@ def test_every_data_field_of_a_recipe_reaches_the_cache():
     assert options.teachers == tuple(recipe.adapter.teachers)
     unaligned = Recipe.model_validate({**names, "data": values, "alignment": {"weight": 0.0}})
     assert options_of(unaligned).teachers == ()
+
+
+def test_verify_and_prune_from_the_command_line(recipe, tmp_path, capsys):
+    arguments = ["--config", str(recipe), f"data.cache_dir={tmp_path}"]
+    assert main([*arguments, "--verify"]) == 2
+    assert "there is no finished cache" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert main([*arguments, "--verify", "--prune"]) == 0
+    out = capsys.readouterr().out
+    assert "checked 21 parts" in out
+    assert "deleted 0 parts that no row needs, 0 bytes" in out
+    damaged = next((tmp_path / "video").glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert main([*arguments, "--verify"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2
+    assert str(damaged) in lines[0]
+    assert main(arguments) == 0
+    assert "1 parts made, 20 were there" in capsys.readouterr().out
+    assert main([*arguments, "--prune"]) == 0
+    assert "deleted 1 parts that no row needs" in capsys.readouterr().out
+    assert main([*arguments, "--verify"]) == 0

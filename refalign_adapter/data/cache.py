@@ -25,6 +25,7 @@ from .digests import FileDigests
 from .encode import PreparedRow, RowEncoder, RowPreparer, facts_of
 from .encoders import Encoders, load_encoders
 from .index import FORMAT, META_NAME, IndexEntry, write_index
+from .lock import filling
 from .manifest import Row, load_manifest, manifest_path
 from .options import CacheOptions
 from .parts import PARTS, PartStore, file_digest
@@ -139,8 +140,15 @@ def build_cache(
     Raises:
         ConfigError: lists every row that cannot be read, or sizes that the base cannot cut into tokens.
     """
-    started, state = time.perf_counter(), process_state()
     encoders.check_sizes(options)
+    with filling(require_writable_folder(options.cache_dir, "cache_dir")):
+        return _build(options, rows, encoders, progress, rehash)
+
+
+def _build(
+    options: CacheOptions, rows: dict[str, list[Row]], encoders: Encoders, progress: Progress | None, rehash: bool
+) -> CacheReport:
+    started, state = time.perf_counter(), process_state()
     encoder = RowEncoder(options, encoders, facts_of(options, encoders), PartStore(options.cache_dir))
     digests = FileDigests(options.cache_dir, rehash=rehash)
     if state.is_main_process:
@@ -185,11 +193,15 @@ def _encode_all(
         started = time.perf_counter()
         prepared = next(prepared_rows)
         encoder.seconds["decoding"] += time.perf_counter() - started
-        if prepared.problem is None:
-            entries.append((split, encoder.encode(row, prepared)))
-        else:
+        problem = prepared.problem
+        if problem is None:
+            try:
+                entries.append((split, encoder.encode(row, prepared)))
+            except UserError as error:
+                problem = str(error)
+        if problem is not None:
             manifest = encoder.options.manifests.get(split, split)
-            problems.append(f"{manifest_path(manifest)} line {row.line}: {prepared.problem}")
+            problems.append(f"{manifest_path(manifest)} line {row.line}: {problem}")
         if progress:
             progress(done, len(work))
     return entries, problems

@@ -21,6 +21,7 @@ from refalign_adapter.data.cache import cache_dataset
 from refalign_adapter.data.digests import DIGESTS_NAME
 from refalign_adapter.data.encoders import load_encoders
 from refalign_adapter.data.index import read_index
+from refalign_adapter.data.lock import LOCK_NAME
 from refalign_adapter.data.manifest import load_manifest
 from refalign_adapter.data.parts import PartStore
 from refalign_adapter.data.references import prepare_reference
@@ -38,8 +39,9 @@ def copy_of(options, folder):
 
 
 def contents(cache_dir):
-    """All files of a cache but its notes on the data set's files: path -> bytes."""
-    files = [path for path in Path(cache_dir).rglob("*") if path.is_file() and path.name != DIGESTS_NAME]
+    """All files of a cache but its lock and its notes on the data set's files: path -> bytes."""
+    files = [path for path in Path(cache_dir).rglob("*.*") if path.is_file() and path.name != DIGESTS_NAME]
+    files = [path for path in files if path.name != LOCK_NAME]
     return {str(path.relative_to(cache_dir)): path.read_bytes() for path in files}
 
 
