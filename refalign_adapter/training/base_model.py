@@ -11,6 +11,7 @@ import torch
 from ..errors import UserError
 from ..families.base import Family, load_family
 from .config import Recipe
+from .quantization import check_machine, quantization_config
 
 FIELD = "pretrained_model_name_or_path"
 
@@ -37,12 +38,15 @@ def read_base(recipe: Recipe) -> tuple[Family, float]:
 
 
 def load_transformer(recipe: Recipe, family: Family, dtype: torch.dtype) -> Any:
-    """The base's transformer on the CPU; what its class keeps in float32 stays so.
+    """The base's transformer on the CPU, or quantised on the GPU; what its class keeps in float32 stays so.
 
     Raises:
-        UserError: weights that cannot be read.
+        UserError: weights that cannot be read, or that cannot be quantised here.
     """
-    options = {"revision": recipe.revision, "variant": recipe.variant, "torch_dtype": dtype}
+    options: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant, "torch_dtype": dtype}
+    if recipe.quantization is not None:
+        check_machine(recipe.quantization)
+        options["quantization_config"] = quantization_config(recipe.quantization, dtype)
     return _read(recipe, family.load_transformer, **options)
 
 

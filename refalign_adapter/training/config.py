@@ -198,6 +198,9 @@ class Recipe(Section):
     mixed_precision: Literal["no", "bf16"] | None = Field(
         default=None, description="null = what accelerate launch says"
     )
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None, description="the frozen base in 4 or 8 bits, by bitsandbytes on a GPU; null = not quantised"
+    )
     allow_tf32: bool = Field(default=False, description="TF32 matrix products on NVIDIA GPUs")
     dataloader_num_workers: int = Field(
         default=0, ge=0, description="processes that read samples; 0 = the training process"
