@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from .checkpoint import (
 from .config import Recipe
 from .interrupt import Interrupted, SignalWatch
 from .optimizers import build_scheduler
+from .prefetch import read_ahead
 from .recipe_file import changes, flat_values, save_recipe
 from .samples import Sampler
 from .setup import Run, build_accelerator, build_run, step_seed
@@ -44,6 +46,8 @@ ORDER_FIELDS = {
     "data.validation_rows",
 }
 """What decides in which order samples come."""
+DATA_WAIT = "train/data_wait"
+"""Share of a step's time in which the main process waits for batches, in [0, 1]."""
 
 
 @dataclass
@@ -159,9 +163,12 @@ def optimizer_step(
     accelerator, recipe, trained = run.accelerator, run.recipe, run.trained
     weight = trained.schedule.weight_at(run.progress.step)
     norm = torch.zeros(())
+    started, waited = time.perf_counter(), 0.0
     for _ in range(recipe.gradient_accumulation_steps):
         seed = step_seed(recipe.seed, run.progress.micro_step, accelerator.process_index)
+        asked = time.perf_counter()
         batch = next(batches)
+        waited += time.perf_counter() - asked
         set_seed(seed)  # what draws from the global generators, such as LoRA dropout
         with accelerator.accumulate(run.model):
             generator = torch.Generator().manual_seed(seed)
@@ -179,6 +186,7 @@ def optimizer_step(
     run.progress.step += 1
     values = {f"train/{name}": value for name, value in meter.reduce(accelerator).items()}
     values |= {"train/grad_norm": float(norm), "train/alignment_weight": weight, **_rates(run)}
+    values[DATA_WAIT] = waited / (time.perf_counter() - started)  # the norm has waited for the device
     if not math.isfinite(values["train/loss"]) or not math.isfinite(values["train/grad_norm"]):
         raise UserError(
             f"training: the loss at step {run.progress.step} is {values['train/loss']} and its gradient's norm "
@@ -206,7 +214,8 @@ def _rates(run: Run) -> dict[str, float]:
 
 def endless_batches(run: Run) -> Iterator[Batch]:
     """One pass over the data after the other; `run.progress` says where to begin and is kept up to date."""
-    for batch in run.data.training_batches(run.progress.epoch, run.progress.position):
+    batches = run.data.training_batches(run.progress.epoch, run.progress.position)
+    for batch in batches if run.data.workers else read_ahead(batches):  # workers read ahead by themselves
         run.progress.position += 1
         if run.progress.position == len(run.data.sampler):
             run.progress.epoch, run.progress.position = run.progress.epoch + 1, 0

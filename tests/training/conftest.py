@@ -105,9 +105,10 @@ def economical_world(tiny_world, tmp_path_factory):
 @pytest.fixture
 def launch(tiny_world):
     """`launch(output_dir, "key=value", …, launcher=[…])`: run the training command; returns the process's result."""
+    train = ("-m", "refalign_adapter.train")
 
-    def run(output_dir, *overrides, launcher=(), environment=None, config=tiny_world / "recipe.yaml"):
-        arguments = ["-m", "refalign_adapter.train", "--config", config, f"output_dir={output_dir}", *overrides]
+    def run(output_dir, *overrides, launcher=(), environment=None, config=tiny_world / "recipe.yaml", module=train):
+        arguments = [*module, "--config", config, f"output_dir={output_dir}", *overrides]
         command = [sys.executable, *launcher, *arguments]
         return subprocess.run(
             list(map(str, command)),

@@ -13,7 +13,7 @@ from refalign_adapter.branch.attach import ReferenceBranch
 from refalign_adapter.data.video import read_video
 from refalign_adapter.errors import UserError
 from refalign_adapter.training.interrupt import SignalWatch
-from refalign_adapter.training.loop import endless_batches, optimizer_step, train
+from refalign_adapter.training.loop import DATA_WAIT, endless_batches, optimizer_step, train
 from refalign_adapter.training.recipe_file import load_recipe
 from refalign_adapter.training.setup import build_accelerator, build_run, step_seed
 from refalign_adapter.training.tracking import LossMeter, read_metrics
@@ -33,6 +33,11 @@ def assert_same(one, other):
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
+def untimed(row):
+    """A row of the log without what a clock decides."""
+    return {name: value for name, value in row.items() if name != DATA_WAIT}
+
+
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
 def test_resumed_run_equals_one_that_went_through(make_recipe, tmp_path, optimizer):
     options = [
@@ -47,8 +52,8 @@ def test_resumed_run_equals_one_that_went_through(make_recipe, tmp_path, optimiz
     for name in (*FILES, "training/ema.safetensors"):
         assert_same(straight / "checkpoint-6" / name, parts / "checkpoint-6" / name)
     assert_same(straight / FILES[0], parts / FILES[0])
-    rows = [row for row in read_metrics(straight / "metrics.jsonl") if row["step"] > 3]
-    assert rows == read_metrics(parts / "metrics.jsonl")
+    rows = [untimed(row) for row in read_metrics(straight / "metrics.jsonl") if row["step"] > 3]
+    assert rows == [untimed(row) for row in read_metrics(parts / "metrics.jsonl")]
     kinds = {str(tensor.dtype) for tensor in load_file(straight / "checkpoint-6" / FILES[2]).values()}
     assert ("torch.uint8" in kinds) == (optimizer == "adamw8bit")
 
@@ -75,6 +80,7 @@ def test_what_a_run_writes(make_recipe, tmp_path):
     assert [row["step"] for row in training] == [1, 2, 3]
     assert {"train/flow", "train/positive", "train/negative", "train/cosine/block_0", "train/cosine/block_1",
             "train/grad_norm", "train/alignment_weight", "train/learning_rate", "train/projector_learning_rate"} < set(training[0])  # fmt: skip  # noqa: E501
+    assert all(0 < row[DATA_WAIT] < 1 for row in training)
     assert [row["step"] for row in rows if "validation/flow" in row] == [0, 2, 3]
     assert load_recipe(out / "recipe.yaml").max_train_steps == 3
     events = EventAccumulator(str(out / "logs" / "refalign")).Reload()
@@ -116,6 +122,16 @@ def test_a_lora_on_small_references_trains_and_leaves_the_rest_as_it_is(economic
     assert [step["train/alignment_weight"] for step in values] == [1, 1, 0]
     after = run.module.state_dict()
     assert {name for name in before if not torch.equal(before[name], after[name])} == names
+
+
+def test_waiting_for_batches_is_measured(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe("gradient_accumulation_steps=2", "optimizer=adamw")
+    run = build_run(recipe, build_accelerator(recipe, tmp_path), tmp_path)
+    clock = itertools.count()  # a tick a look: the step asks at its start and end, and around each of its two batches
+    monkeypatch.setattr("refalign_adapter.training.loop.time.perf_counter", lambda: next(clock))
+    batches = iter(list(itertools.islice(run.data.training_batches(0, 0), 2)))
+    values = optimizer_step(run, batches, LossMeter((0, 1)), SignalWatch())
+    assert values[DATA_WAIT] == 2 / 5
 
 
 def test_validation_repeats_itself_and_shares_out(make_recipe, tmp_path):

@@ -129,9 +129,7 @@ def test_bf16_computes_in_bf16_and_trains_in_float32(base, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_refused_in_one_line(base):
-    with pytest.raises(
-        UserError, match=r"^quantization: 'nf4' needs a GPU and there is none here; set"
-    ):
+    with pytest.raises(UserError, match=r"^quantization: 'nf4' needs a GPU and there is none here; set"):
         load_transformer(recipe_for(base, "nf4"), load_family("WanTransformer3DModel"), torch.float32)
 
 
