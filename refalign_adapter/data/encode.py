@@ -26,11 +26,12 @@ from torch.utils.data import Dataset
 from ..errors import UserError
 from .encoders import Encoders
 from .index import FORMAT, IndexEntry, RowParts
-from .manifest import Row
 from .options import DTYPES, CacheOptions
 from .parts import PartStore, file_digest, hash_of
-from .references import AUGMENTATION, content_tokens, prepare_reference
-from .video import read_image, read_mask, read_video
+from .pictures import augmentation_key, draw_reference, open_picture, reference_facts
+from .references import AUGMENTATION, content_tokens
+from .rows import Row
+from .video import read_video
 
 Digest = Callable[[str | Path], str]
 """A file's sha256: `parts.file_digest`, or one that remembers, `digests.FileDigests`."""
@@ -109,17 +110,12 @@ def parts_of(row: Row, facts: Facts, digest: Digest = file_digest) -> RowParts:
     Raises:
         UserError: a file that cannot be read.
     """
-    images = [
-        {
-            "image": digest(item.image),
-            "mask": digest(item.mask) if item.mask else None,
-            "box": [float(side) for side in item.box] if item.box else None,
-        }
-        for item in row.references
-    ]
+    images = [reference_facts(item, digest) for item in row.references]
     references = {"images": images, "augmentation": facts.augmentation if row.pair == "regular" else None}
+    # Only what is there counts, so that the keys of whole clips stay what they were before there were segments.
+    cut = [{"segment": row.segment, "crop": row.crop}] if row.segment or row.crop else []
     return RowParts(
-        video=hash_of([digest(row.clip), facts.video]),
+        video=hash_of([digest(row.clip), facts.video, *cut]),
         references=hash_of([references, facts.references]),
         text=text_key(row.caption, facts),
         teachers={name: hash_of([references, fact]) for name, fact in facts.teachers.items()},
@@ -165,7 +161,14 @@ class RowPreparer(Dataset[PreparedRow]):
             parts = parts_of(row, self.facts, self.digest)
             if self.store.shape("video", parts.video) is None:
                 size = {"height": options.height, "width": options.width}
-                prepared.frames = read_video(row.clip, num_frames=options.num_frames, fps=options.fps, **size)
+                prepared.frames = read_video(
+                    row.clip,
+                    num_frames=options.num_frames,
+                    fps=options.fps,
+                    segment=row.segment,
+                    crop=row.crop,
+                    **size,
+                )
             drawn = [(part, key) for part, key in parts.files() if part in ("references", "teacher", "tokens")]
             if any(self.store.shape(part, key) is None for part, key in drawn):
                 prepared.canvases = draw_canvases(row, options, self.canvas_size, self.digest)
@@ -190,24 +193,19 @@ def draw_canvases(row: Row, options: CacheOptions, size: tuple[int, int], digest
     augmented = options.augment_references and row.pair == "regular"
     variants: list[list[np.ndarray]] = [[] for _ in range(options.reference_variants if augmented else 1)]
     for reference in row.references:
-        image = read_image(reference.image)
-        mask = read_mask(reference.mask) if reference.mask else None
-        image_digest = digest(reference.image)
+        picture = open_picture(reference)
+        key = augmentation_key(reference_facts(reference, digest)) if augmented else ""
         for number, canvases in enumerate(variants):
             # A reference draws the same augmentation wherever it occurs.
-            seed = int(hash_of([options.seed, image_digest, number])[:16], 16) if augmented else None
-            try:
-                canvas = prepare_reference(
-                    image,
-                    height=size[0],
-                    width=size[1],
-                    mask=mask,
-                    box=reference.box,
-                    keep_background=options.keep_background,
-                    augmentation_seed=seed,
-                )
-            except UserError as error:
-                raise UserError(f"reference {str(reference.image)!r}: {error}") from None
+            seed = int(hash_of([options.seed, key, number])[:16], 16) if augmented else None
+            canvas = draw_reference(
+                reference,
+                picture,
+                height=size[0],
+                width=size[1],
+                keep_background=options.keep_background,
+                augmentation_seed=seed,
+            )
             canvases.append(np.asarray(canvas))
     return np.stack([np.stack(canvases) for canvases in variants])
 

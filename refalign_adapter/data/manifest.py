@@ -10,63 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import unknown_key
 from ..errors import ConfigError, UserError
+from .rows import PAIRS, Reference, Row
 
 MANIFEST_NAME = "metadata.jsonl"
-PAIRS = ("regular", "cross")
 FIELDS = ("file_name", "caption", "references", "pair")
 REFERENCE_FIELDS = ("image", "mask", "box", "subject")
-Box = tuple[float, float, float, float]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """One reference image.
-
-    Attributes:
-        image: picture of the subject, alone or among others.
-        mask: picture of the same size, bright on the subject; None: all of the image, or of the box.
-        box: (left, top, right, bottom) in pixels around the subject; None: all of the image, or what the mask covers.
-        subject: references of a row with the same name are views of one subject; None: a subject of its own.
-    """
-
-    image: Path
-    mask: Path | None = None
-    box: Box | None = None
-    subject: str | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One clip with its caption and references.
-
-    Attributes:
-        file_name: the clip as the manifest names it.
-        clip: the clip's path.
-        caption: what happens in it.
-        references: at least one.
-        pair: "regular": the references are cut from the clip itself; "cross": they come from elsewhere.
-        line: where it stands in the manifest, from 1.
-    """
-
-    file_name: str
-    clip: Path
-    caption: str
-    references: tuple[Reference, ...]
-    pair: str = "cross"
-    line: int = 0
-
-    @property
-    def subjects(self) -> list[int]:
-        """One number per reference, counted from 0; equal numbers are views of one subject."""
-        numbers: dict[Any, int] = {}
-        names = [index if item.subject is None else item.subject for index, item in enumerate(self.references)]
-        return [numbers.setdefault(name, len(numbers)) for name in names]
 
 
 def manifest_path(path: str | Path) -> Path:

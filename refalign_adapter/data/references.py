@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from ..errors import UserError
-from .manifest import Box
+from .rows import Box
 
 WHITE = (255, 255, 255)
 NEARLY_WHITE = 250

@@ -6,6 +6,7 @@ Shape letters: F frames, H and W height and width in pixels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -13,17 +14,30 @@ from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError
 from ..files import atomic_file
 
+Crop = tuple[int, int, int, int]
+"""(left, top, right, bottom) in pixels of the frames as they are shown."""
+
 CLOCK_TOLERANCE = 1e-3
 """Seconds by which a container's rounded time stamps may be late."""
 
 
-def read_video(path: str | Path, *, num_frames: int, height: int, width: int, fps: float | None = None) -> np.ndarray:
-    """Decode the beginning of a video.
+def read_video(
+    path: str | Path,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: float | None = None,
+    segment: tuple[int, int] | None = None,
+    crop: Crop | None = None,
+) -> np.ndarray:
+    """Decode the beginning of a video, or of a segment of it.
 
     Frame i of the result is the one that is on screen i / fps seconds after the start. Each is scaled until it covers
     height x width and cropped around its centre, so nothing is stretched.
@@ -33,34 +47,75 @@ def read_video(path: str | Path, *, num_frames: int, height: int, width: int, fp
         num_frames: F, at least 1.
         height, width: H and W.
         fps: frames a second of the result; None takes consecutive frames as they are.
+        segment: the first frame and the one after the last to read, counted from 0; None: all.
+        crop: what of each frame is used, before it is scaled; None: all.
 
     Returns:
         uint8 (F, H, W, 3), RGB.
 
     Raises:
-        UserError: the file is missing, empty, not readable as a video, or too short.
+        UserError: the file is missing, empty, not readable as a video, or too short, or the crop leaves its frames.
     """
     frames: list[np.ndarray] = []
     previous = None
+    with _opened(path) as (container, stream):
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        pixel_aspect = float(stream.sample_aspect_ratio or 1)
+        decoded = islice(container.decode(stream), *(segment or (0, None)))
+        for frame in _sample(decoded, num_frames, fps, rate):
+            if frame is not previous:
+                image, aspect = _upright(frame, pixel_aspect)
+                array = np.asarray(cover(_cropped(image, crop, path), height, width, aspect))
+            frames.append(frames[-1] if frame is previous else array)
+            previous = frame
+    if len(frames) < num_frames:
+        raise UserError(f"video: {_too_short(path, len(frames), num_frames, fps)}")
+    return np.stack(frames)
+
+
+def read_frame(path: str | Path, frame: int | float, *, crop: Crop | None = None) -> Image.Image:
+    """Decode one frame of a video, RGB, in its own pixels.
+
+    Args:
+        path: a file that FFmpeg reads.
+        frame: its number from 0, or (a float) a share of the video's frames: int(share * frames), 1.0 is the last.
+        crop: what of it is used; None: all.
+
+    Raises:
+        UserError: the file is not readable as a video or has no such frame, or the crop leaves it.
+    """
+    number = min(int(frame * (count := count_frames(path))), count - 1) if isinstance(frame, float) else frame
+    with _opened(path) as (container, stream):
+        found = next(islice(container.decode(stream), max(0, number), None), None)
+        if found is None or number < 0:
+            raise UserError(f"video: {str(path)!r} has no frame {number}")
+        return _cropped(_upright(found, 1.0)[0], crop, path)
+
+
+def count_frames(path: str | Path) -> int:
+    """Frames of a video: what its container says, or else as many as decode.
+
+    Raises:
+        UserError: the file is not readable as a video.
+    """
+    with _opened(path) as (container, stream):
+        return stream.frames or sum(1 for _ in container.decode(stream))
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[InputContainer, av.VideoStream]]:
+    """The container and its first video stream; what goes wrong while it is open is a UserError."""
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise UserError(f"video: {str(path)!r} has no video stream")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            rate = float(stream.average_rate or stream.guessed_rate or 0)
-            pixel_aspect = float(stream.sample_aspect_ratio or 1)
-            for frame in _sample(container.decode(stream), num_frames, fps, rate):
-                same = frame is previous
-                frames.append(frames[-1] if same else _frame_to_array(frame, height, width, pixel_aspect))
-                previous = frame
+            yield container, stream
     except (OSError, av.FFmpegError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"video: cannot read {str(path)!r} ({_reason(error)})") from None
-    if len(frames) < num_frames:
-        raise UserError(f"video: {_too_short(path, len(frames), num_frames, fps)}")
-    return np.stack(frames)
 
 
 def _sample(frames: Iterable[av.VideoFrame], count: int, fps: float | None, rate: float) -> Iterator[av.VideoFrame]:
@@ -90,12 +145,22 @@ def _timed(frames: Iterable[av.VideoFrame], rate: float) -> Iterator[tuple[float
     yield time + (1 / rate if rate else 0), None
 
 
-def _frame_to_array(frame: av.VideoFrame, height: int, width: int, pixel_aspect: float) -> np.ndarray:
+def _upright(frame: av.VideoFrame, pixel_aspect: float) -> tuple[Image.Image, float]:
+    """The frame as it is shown, and its pixels' width over their height."""
     array = frame.to_ndarray(format="rgb24")
     if frame.rotation:
         array = np.rot90(array, frame.rotation // 90)
         pixel_aspect = 1 / pixel_aspect if frame.rotation % 180 else pixel_aspect
-    return np.asarray(cover(Image.fromarray(array), height, width, pixel_aspect))
+    return Image.fromarray(array), pixel_aspect
+
+
+def _cropped(image: Image.Image, crop: Crop | None, path: str | Path) -> Image.Image:
+    if crop is None:
+        return image
+    left, top, right, bottom = crop
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise UserError(f"video: crop {list(crop)} leaves the {image.width}x{image.height} frames of {str(path)!r}")
+    return image.crop(crop)
 
 
 def cover(image: Image.Image, height: int, width: int, pixel_aspect: float = 1.0) -> Image.Image:

@@ -1,0 +1,114 @@
+"""A row's references as pictures: read from their files, or taken out of a video's frames, with their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from .masks import decode_mask
+from .parts import file_digest, hash_of
+from .references import prepare_reference
+from .rows import Box, Reference
+from .video import read_frame, read_image, read_mask
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A reference as it was photographed.
+
+    Attributes:
+        image: RGB.
+        mask: bool, of the image's size unless the data set is wrong, True on the subject; or None.
+        box: around the subject in the image's pixels; or None.
+    """
+
+    image: Image.Image
+    mask: np.ndarray | None
+    box: Box | None
+
+
+def open_picture(reference: Reference) -> Picture:
+    """Read a reference.
+
+    Raises:
+        UserError: its image, frame or mask cannot be read.
+    """
+    if reference.frame is None:
+        image = read_image(reference.image)
+    else:
+        image = read_frame(reference.image, reference.frame, crop=reference.crop)
+    if reference.long_side and max(image.size) > reference.long_side:
+        scale = reference.long_side / max(image.size)
+        width, height = (max(1, int(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    mask = read_mask(reference.mask) if reference.mask else None
+    if reference.rle:
+        mask = decode_mask(reference.rle)
+    return Picture(image, mask, reference.box)
+
+
+def draw_reference(
+    reference: Reference,
+    picture: Picture,
+    *,
+    height: int,
+    width: int,
+    keep_background: bool = False,
+    augmentation_seed: int | None = None,
+) -> Image.Image:
+    """What the model sees of a reference, see `prepare_reference`: RGB (height, width).
+
+    Raises:
+        UserError: its mask or box does not fit; the message names the reference.
+    """
+    try:
+        return prepare_reference(
+            picture.image,
+            height=height,
+            width=width,
+            mask=picture.mask,
+            box=picture.box,
+            keep_background=keep_background,
+            augmentation_seed=augmentation_seed,
+        )
+    except UserError as error:
+        frame = "" if reference.frame is None else f" frame {reference.frame:g}"
+        raise UserError(f"reference {str(reference.image)!r}{frame}: {error}") from None
+
+
+def reference_facts(reference: Reference, digest: Callable[[str | Path], str] = file_digest) -> dict[str, Any]:
+    """JSON facts that decide a reference's picture, the bytes of its files among them.
+
+    Args:
+        reference: the reference.
+        digest: hashes a file.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    facts: dict[str, Any] = {
+        "image": digest(reference.image),
+        "mask": digest(reference.mask) if reference.mask else None,
+        "box": [float(side) for side in reference.box] if reference.box else None,
+    }
+    if reference.frame is not None:
+        facts["frame"] = reference.frame
+    if reference.crop:
+        facts["crop"] = list(reference.crop)
+    if reference.long_side:
+        facts["long_side"] = reference.long_side
+    if reference.rle:
+        facts["rle"] = [reference.rle.height, reference.rle.width, reference.rle.counts]
+    return facts
+
+
+def augmentation_key(facts: dict[str, Any]) -> str:
+    """What the draw of a reference's augmentation depends on: a picture's bytes, or which part of a video it is."""
+    is_picture = set(facts) == {"image", "mask", "box"}
+    return facts["image"] if is_picture else hash_of(facts)
