@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from ..batch import Batch, CachedSample
 from ..errors import UserError
 from .index import REMEDY, read_index, read_meta
-from .manifest import manifest_path
+from .manifest import manifest_path, missing_paths
 from .options import CacheOptions
 from .parts import PartStore, file_digest
 
@@ -130,8 +130,9 @@ def open_cache(options: CacheOptions, rows: Sequence[str] | None = None, *, spli
     if differing:
         listed = ", ".join(f"{name} {made.get(name)} instead of {wanted[name]}" for name in differing)
         raise UserError(f"cache_dir: the cache in {options.cache_dir!r} was made with {listed}; {REMEDY}")
-    path = manifest_path(options.manifests.get(split, ""))
-    if path.is_file() and file_digest(path) != meta["manifests"].get(split):
+    value = options.manifests.get(split)
+    path = manifest_path(value) if value and not missing_paths(value) else None
+    if path and path.is_file() and file_digest(path) != meta["manifests"].get(split):
         raise UserError(f"cache_dir: {str(path)!r} has changed since the cache was made from it; {REMEDY}")
     return CachedDataset(options.cache_dir, rows, split=split, teachers=options.teachers)
 

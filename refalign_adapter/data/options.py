@@ -11,6 +11,7 @@ import torch
 
 from ..config import DEFAULT_TEACHER
 from ..errors import ConfigError
+from .manifest import SourcesValue
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEACHER_GRIDS = ("match", "native")
@@ -44,8 +45,8 @@ class CacheOptions:
     Args:
         base_model: diffusers folder or Hub id whose VAE and text encoder are used.
         cache_dir: folder of the cache.
-        train_data: manifest of the training rows, or its folder.
-        validation_data: manifest of held-out rows; None: there is none.
+        train_data: the training rows, as JSON types, see `manifest`: a path, a mapping, or a list of those.
+        validation_data: the held-out rows, in the same ways; None: there are none.
         revision, variant: of the base model on the Hub.
         family: the base's family, see `load_family`; None finds it by the base's config.
         height, width, num_frames: of the videos in pixels and frames.
@@ -72,8 +73,8 @@ class CacheOptions:
 
     base_model: str
     cache_dir: str
-    train_data: str | None = None
-    validation_data: str | None = None
+    train_data: SourcesValue | None = None
+    validation_data: SourcesValue | None = None
     revision: str | None = None
     variant: str | None = None
     family: str | None = None
@@ -117,10 +118,10 @@ class CacheOptions:
         object.__setattr__(self, "fps", None if self.fps is None else float(self.fps))
 
     @property
-    def manifests(self) -> dict[str, str]:
-        """Split ("train", "validation") -> manifest, of those that are given."""
+    def manifests(self) -> dict[str, SourcesValue]:
+        """Split ("train", "validation") -> where its rows are, of those that are given."""
         named = {"train": self.train_data, "validation": self.validation_data}
-        return {split: path for split, path in named.items() if path}
+        return {split: value for split, value in named.items() if value}
 
     def compared(self) -> dict[str, Any]:
         """The options in which a cache and its reader must agree, as JSON types."""

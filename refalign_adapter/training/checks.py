@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..data.manifest import missing_paths, source_problems
 from ..errors import ConfigError, UserError
 from .config import Recipe
 
@@ -22,6 +23,7 @@ def cross_field_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _optimizer_problems(recipe)
     yield from _output_problems(recipe)
     yield from _dropout_problems(recipe)
+    yield from _source_problems(recipe)
 
 
 def _part_problems(section: str, build: Callable[[], Any]) -> Iterator[Problem]:
@@ -45,6 +47,18 @@ def _dropout_problems(recipe: Recipe) -> Iterator[Problem]:
                 f"dropout.{name} must be 0 with adapter.lora_scope='reference', got {shares[name]}; leave it out: "
                 "without references that LoRA is the base itself, and the step would train nothing",
             )
+
+
+def _source_problems(recipe: Recipe) -> Iterator[Problem]:
+    for name, value in _sources(recipe):
+        yield from (((name,), line) for line in source_problems(value, name))
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """(field, value) of the sources that are given."""
+    for name in ("train_data", "validation_data"):
+        if (value := getattr(recipe.data, name)) is not None:
+            yield f"data.{name}", value
 
 
 def _optimizer_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -95,10 +109,9 @@ def machine_problems(recipe: Recipe) -> Iterator[Problem]:
             ("resume_from_checkpoint",),
             f"resume_from_checkpoint must be 'latest' or a checkpoint's folder, got {resume!r}, which does not exist",
         )
-    for name in ("train_data", "validation_data"):
-        value = getattr(recipe.data, name)
-        if value and not Path(value).exists():
-            yield (f"data.{name}",), f"data.{name}: {value!r} does not exist"
+    for name, value in _sources(recipe):
+        for path in [] if list(source_problems(value)) else missing_paths(value):
+            yield (name,), f"{name}: {path!r} does not exist"
     for index, sample in enumerate(recipe.sample_prompts if recipe.sample_steps else []):
         for path in sample.references:
             if not Path(path).is_file():

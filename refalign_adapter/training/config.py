@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -18,6 +18,8 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Sources = Text | dict[str, Any] | list[Any]
+"""Where rows are, see `data.manifest`; `checks` looks inside."""
 
 
 LearningRateSchedule = Literal[
@@ -144,8 +146,11 @@ class SampleSection(Section):
 class DataSection(Section):
     """Where the samples are and what is cached of them."""
 
-    train_data: Text | None = Field(default=None, description="manifest of the training rows")
-    validation_data: Text | None = Field(default=None, description="manifest of the held-out rows")
+    train_data: Sources | None = Field(
+        default=None,
+        description="the training rows: a path, {path, format, videos, ratio, max_rows, …}, or a list of those",
+    )
+    validation_data: Sources | None = Field(default=None, description="the held-out rows, in the same ways")
     validation_rows: int = Field(
         default=0, ge=0, description="last rows of train_data to hold out, without validation_data"
     )

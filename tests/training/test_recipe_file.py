@@ -222,3 +222,23 @@ def test_the_adapter_and_its_cache_agree_on_references(recipe_file):
     assert problems(recipe_file(), "adapter.drop_background=true") == [
         "adapter.drop_background needs attention='isolated', got True with 'joint'"
     ]
+
+
+def test_sources_of_data_are_checked_with_everything_else(recipe_file):
+    path = recipe_file("max_train_steps: 0\n")
+    overrides = ["data.train_data=[{path: a, ratio: 6}, {path: b, formt: folder}]", "data.validation_data=3"]
+    assert problems(path, *overrides) == [
+        "max_train_steps should be greater than or equal to 1, got 0",
+        "data.validation_data should be a valid string or be a valid dictionary or be a valid list, got 3",
+        "data.train_data.1.formt is no known field; did you mean data.train_data.1.format?",
+        "data.train_data: give every source a ratio, or none of them",
+    ]
+    sources = "[{path: a, ratio: 6}, {path: user/name, ratio: 4.0, videos: none}]"
+    recipe = load_recipe(recipe_file(""), [f"data.train_data={sources}"])
+    assert recipe.data.train_data[1]["ratio"] == 4.0
+    assert problems(
+        recipe_file(""), f"data.train_data={sources}", "optimizer=adamw", "report_to=null", check_machine=True
+    ) == [
+        "data.train_data: 'a' does not exist",
+        "data.train_data: 'none' does not exist",
+    ]
