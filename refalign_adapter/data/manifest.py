@@ -181,6 +181,5 @@ def read_source(
     if not reading.rows and not reading.problems:
         raise UserError(f"{field}: {table!r} has no rows" + (f" that can be used: {left_out}" if left_out else ""))
     if left_out:
-        total = len(reading.rows) + reading.left_out.total()
-        logger.warning("%s: %s of %s records are used; left out: %s", table, len(reading.rows), total, left_out)
+        logger.warning("%s: %s rows; left out: %s", table, len(reading.rows), left_out)
     return table, reading

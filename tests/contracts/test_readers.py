@@ -1,6 +1,7 @@
 """Every reader through one case table. A new format adds a small data set here and nothing else."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from refalign_adapter.data.rows import PAIRS
 from refalign_adapter.data.video import read_video
 from refalign_adapter.errors import UserError
 
+DATA = Path(__file__).parent.parent / "data"
+
 
 def folder(path: Path) -> dict[str, Any]:
     """Four rows."""
@@ -22,7 +25,36 @@ def folder(path: Path) -> dict[str, Any]:
     return {"path": str(path)}
 
 
-CASES: dict[str, Callable[[Path], dict[str, Any]]] = {"folder": folder}
+def opens2v_record() -> tuple[str, dict[str, Any]]:
+    """The published record with its key."""
+    ((key, record),) = json.loads((DATA / "opens2v_regular_part.json").read_text()).items()
+    return key, record
+
+
+def opens2v_regular(path: Path) -> dict[str, Any]:
+    """The published record, twice."""
+    key, record = opens2v_record()
+    tiny_data.write_clip(path / "videos" / record["metadata"]["path"], frames=3, height=720, width=1280)
+    (path / "part.json").write_text(json.dumps({key: record, f"{key}-2": record}))
+    return {"path": str(path / "part.json"), "videos": str(path / "videos")}
+
+
+def opens2v_cross(path: Path) -> dict[str, Any]:
+    """The published pairs, with the published record for each of their clips."""
+    key, record = opens2v_record()
+    tiny_data.write_clip(path / "videos" / record["metadata"]["path"], frames=3, height=720, width=1280)
+    for name in ("cross_pairs", "cluster_videos"):
+        shutil.copy(DATA / f"opens2v_{name}.json", path / f"{name}.json")
+    for part in ("dataset1", "dataset1_cluster"):
+        (path / f"{part}.json").write_text(json.dumps({key: record, key.replace("step1-", "step122-"): record}))
+    return {"path": str(path / "cross_pairs.json"), "videos": str(path / "videos")}
+
+
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "folder": folder,
+    "opens2v_cross": opens2v_cross,
+    "opens2v_regular": opens2v_regular,
+}
 """Format -> writes a data set of at least two rows into a folder and returns its source."""
 
 
@@ -91,9 +123,10 @@ def test_a_missing_data_set_is_one_line(source, tmp_path):
 
 
 def test_a_broken_table_is_one_line(source, tmp_path):
-    name = Path(manifest_path(source)).name
-    (tmp_path / name).write_text(json.dumps("neither rows nor records"))
+    table = manifest_path(source)
+    shutil.copytree(table.parent, tmp_path, dirs_exist_ok=True)
+    (tmp_path / table.name).write_text(json.dumps("neither rows nor records"))
     with pytest.raises(UserError) as caught:
-        load_manifest({**source, "path": str(tmp_path / name)})
+        load_manifest({**source, "path": str(tmp_path / table.name)})
     assert "\n" not in str(caught.value)
-    assert name in str(caught.value)
+    assert table.name in str(caught.value)

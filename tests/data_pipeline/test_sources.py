@@ -201,7 +201,7 @@ def test_records_that_a_format_leaves_out_are_counted_and_said(monkeypatch, capl
     tiny_data.write_manifest(tmp_path, [])
     with caplog.at_level(logging.WARNING):
         assert load_manifest(tmp_path) == [row]
-    assert "1 of 5 records are used; left out: 3 have no clip, 1 have no caption" in caplog.text
+    assert "1 rows; left out: 3 have no clip, 1 have no caption" in caplog.text
     reading.rows.clear()
     with pytest.raises(UserError, match="has no rows that can be used: 3 have no clip, 1 have no caption"):
         load_manifest(tmp_path)
