@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tiny_data
 
@@ -50,10 +51,24 @@ def opens2v_cross(path: Path) -> dict[str, Any]:
     return {"path": str(path / "cross_pairs.json"), "videos": str(path / "videos")}
 
 
+def phantom(path: Path) -> dict[str, Any]:
+    """Two clips, each with a reference in the other."""
+    rows = []
+    for number, (name, other) in enumerate((("a", "b"), ("b", "a"))):
+        tiny_data.write_clip(path / "videos" / f"{name}.mp4", seed=number)
+        item = {"vid": other, "frame_idx": 0.5, "bbox_loc": [[2.0, 3.0, 20.0, 30.0]]}
+        pairs = {"a thing": {"obj_from_tgt_video": [{**item, "vid": name}], "refer_result": [[item]]}}
+        rows.append({"vid": name, "video_caption": "a thing moves", "cross_pair": json.dumps(pairs)})
+    datasets.Dataset.from_list(rows).to_parquet(path / "pairs.parquet")
+    datasets.Dataset.from_list([{"vid": name} for name in "ab"]).to_parquet(path / "meta_info.parquet")
+    return {"path": str(path), "videos": str(path / "videos")}
+
+
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "folder": folder,
     "opens2v_cross": opens2v_cross,
     "opens2v_regular": opens2v_regular,
+    "phantom": phantom,
 }
 """Format -> writes a data set of at least two rows into a folder and returns its source."""
 
