@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Samples of one shape and source, and how many of them an epoch takes."""
+
+    indices: np.ndarray
+    count: int
+
+    def draw(self, generator: np.random.Generator) -> np.ndarray:
+        """Every sample once before any twice, in a random order."""
+        rounds = -(-self.count // len(self.indices))
+        return np.concatenate([generator.permutation(self.indices) for _ in range(rounds)])[: self.count]
+
+
+def _buckets(shapes: Sequence[Hashable], sources: Sequence[int], ratios: Sequence[float] | None) -> list[list[_Cell]]:
+    """The cells of each shape."""
+    buckets: dict[Hashable, dict[int, list[int]]] = {}
+    for index, (shape, source) in enumerate(zip(shapes, sources, strict=True)):
+        buckets.setdefault(shape, {}).setdefault(source, []).append(index)
+    rows = Counter(sources)
+    share = dict.fromkeys(rows, 1.0)
+    if ratios is not None:
+        whole = sum(ratios[source] for source in rows)
+        share = {source: ratios[source] / whole * len(shapes) / rows[source] for source in rows}
+    return [
+        [
+            _Cell(np.array(indices), max(1, round(len(indices) * share[source])))
+            for source, indices in sorted(cells.items())
+        ]
+        for cells in buckets.values()
+    ]
 
 
 class BucketBatchSampler(Sampler[list[int]]):
@@ -21,11 +55,18 @@ class BucketBatchSampler(Sampler[list[int]]):
     shapes are trained on. Of other shapes, what does not fill a batch is left out in that epoch (another choice in
     each).
 
+    With `ratios`, sources are mixed: an epoch still has as many samples as there are, but each source's share of them
+    is its ratio's, in every shape alike. A source that is to give more than it has repeats its samples, all as often
+    before any once more; of one that is to give less, an epoch has some, another choice in each. What has a sample at
+    all in a shape gives at least one.
+
     Args:
         shapes: a key per sample; only samples with equal keys share a batch.
         batch_size: samples of a process at a time.
         seed: of the order.
         rank, world_size: which process of how many.
+        sources: which source each sample is from, counted from 0; needed with `ratios`.
+        ratios: a positive number per source, in any unit; None takes every sample once.
         drop_last: False also gives the last, smaller batch of each shape, filled up by repetition to a multiple of
             `world_size`; no batch is filled further.
 
@@ -42,6 +83,8 @@ class BucketBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = True,
+        sources: Sequence[int] | None = None,
+        ratios: Sequence[float] | None = None,
     ):
         if batch_size < 1:
             raise UserError(f"train_batch_size must be at least 1, got {batch_size}")
@@ -56,14 +99,12 @@ class BucketBatchSampler(Sampler[list[int]]):
             )
         self.seed, self.rank, self.world_size, self.drop_last = seed, rank, world_size, drop_last
         self.epoch = self.position = 0
-        buckets: dict[Hashable, list[int]] = {}
-        for index, shape in enumerate(shapes):
-            buckets.setdefault(shape, []).append(index)
-        self.buckets = [np.array(indices) for indices in buckets.values()]
+        origins = [0] * len(shapes) if sources is None or ratios is None else sources
+        self.buckets = _buckets(shapes, origins, ratios)
 
     def __len__(self) -> int:
         """Batches of one process in a whole epoch."""
-        return sum(self._steps(len(bucket)) for bucket in self.buckets)
+        return sum(self._steps(sum(cell.count for cell in bucket)) for bucket in self.buckets)
 
     def __iter__(self) -> Iterator[list[int]]:
         steps = self._epoch_steps()
@@ -100,7 +141,9 @@ class BucketBatchSampler(Sampler[list[int]]):
         generator = np.random.default_rng([self.seed, self.epoch])
         steps: list[np.ndarray] = []
         for bucket in self.buckets:
-            order = generator.permutation(bucket)
+            order = np.concatenate([cell.draw(generator) for cell in bucket])
+            if len(bucket) > 1:
+                order = generator.permutation(order)
             for number in range(self._steps(len(order))):
                 step = order[number * self.step_size : (number + 1) * self.step_size]
                 # Only a bucket's last step can be short: np.resize repeats from its beginning.

@@ -96,6 +96,16 @@ class CachedDataset(Dataset[CachedSample]):
         """(C, F, H, W) of each row; only rows of equal shape can share a batch."""
         return [entry.shape for entry in self.entries]
 
+    @property
+    def reference_counts(self) -> list[int]:
+        """M of each row."""
+        return [len(entry.subjects) for entry in self.entries]
+
+    @property
+    def sources(self) -> list[int]:
+        """Which of the manifest's sources each row is from, counted from 0."""
+        return [entry.source for entry in self.entries]
+
     def __len__(self) -> int:
         return len(self.entries)
 

@@ -247,6 +247,7 @@ class RowEncoder:
             shape=shape,
             variants=references[0],
             subjects=tuple(row.subjects),
+            source=row.source,
         )
 
     def encode_text(self, caption: str) -> str:

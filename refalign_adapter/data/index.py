@@ -51,6 +51,7 @@ class IndexEntry:
         shape: of its video latents: channels, frames, height, width.
         variants: augmented versions of its references.
         subjects: a number per reference; equal ones are views of one subject.
+        source: which of the manifest's sources it is from, counted from 0.
     """
 
     key: str
@@ -60,6 +61,7 @@ class IndexEntry:
     shape: tuple[int, ...]
     variants: int
     subjects: tuple[int, ...]
+    source: int = 0
 
 
 def index_path(cache_dir: str | Path, split: str) -> Path:
@@ -93,6 +95,8 @@ def _values(entry: IndexEntry) -> dict[str, Any]:
     values = asdict(entry)
     if entry.parts.tokens is None:
         del values["parts"]["tokens"]  # as it was before there were any
+    if not entry.source:
+        del values["source"]
     return values
 
 

@@ -154,6 +154,9 @@ class DataSection(Section):
     validation_rows: int = Field(
         default=0, ge=0, description="last rows of train_data to hold out, without validation_data"
     )
+    bucket_by_references: bool = Field(
+        default=False, description="samples of a batch have the same number of references, so that none is padded"
+    )
     cache_dir: Text = Field(description="folder of the cached latents, embeddings and teacher features")
     height: Count = Field(default=480, description="pixels")
     width: Count = Field(default=832, description="pixels")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..batch import Batch, CachedSample
 from ..data.buckets import BucketBatchSampler
 from ..data.dataset import CachedDataset, collate, open_cache
+from ..data.index import REMEDY
+from ..data.manifest import sources_of
 from ..data.options import options_of
 from ..errors import UserError
 from .config import Recipe
@@ -109,14 +112,17 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> TrainingData:
             raise UserError(f"data.validation_rows must leave rows to train on, got {held_out} of {len(keys)}")
         training = open_cache(options, keys[:-held_out])
         validation = open_cache(options, keys[-held_out:])
+    buckets = partial(_buckets, by_references=recipe.data.bucket_by_references)
     sampler = BucketBatchSampler(
-        training.shapes,
+        buckets(training),
         recipe.train_batch_size,
         seed=recipe.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        sources=training.sources,
+        ratios=_ratios(recipe, training),
     )
-    groups = batches_of_equals(validation.shapes, recipe.train_batch_size) if validation is not None else []
+    groups = batches_of_equals(buckets(validation), recipe.train_batch_size) if validation is not None else []
     return TrainingData(
         training,
         validation,
@@ -125,6 +131,29 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> TrainingData:
         training.meta.empty_text.to(accelerator.device),
         recipe.dataloader_num_workers,
     )
+
+
+def _buckets(dataset: CachedDataset, *, by_references: bool) -> list[Hashable]:
+    """What rows must have in common to share a batch."""
+    shapes: list[Hashable] = list(dataset.shapes)
+    return list(zip(shapes, dataset.reference_counts, strict=True)) if by_references else shapes
+
+
+def _ratios(recipe: Recipe, training: CachedDataset) -> list[float] | None:
+    """The sources' ratios; None where the recipe gives none.
+
+    Raises:
+        UserError: the cache has rows of more sources than the recipe names.
+    """
+    sources = sources_of(recipe.data.train_data) if recipe.data.train_data else []
+    ratios = [source.ratio for source in sources if source.ratio is not None]
+    if not ratios:
+        return None
+    if max(training.sources) >= len(ratios):
+        raise UserError(
+            f"data.train_data: {len(ratios)} sources, but the cache has rows of {max(training.sources) + 1}; {REMEDY}"
+        )
+    return ratios
 
 
 def batches_of_equals(shapes: Sequence[Hashable], batch_size: int) -> list[list[int]]:

@@ -99,3 +99,56 @@ def test_too_few_samples_are_told():
         BucketBatchSampler([], 1, seed=0)
     with pytest.raises(UserError, match="train_batch_size must be at least 1"):
         BucketBatchSampler(SHAPES, 0, seed=0)
+
+
+MIXED_SHAPES = ["a"] * 30 + ["b"] * 10 + ["a"] * 8 + ["b"] * 12
+MIXED_SOURCES = [0] * 40 + [1] * 20
+
+
+@pytest.mark.parametrize("ratios", [(6, 4), (1, 3), (0.5, 0.5)])
+def test_sources_are_mixed_by_their_ratio_in_every_shape_alike(ratios):
+    sampler = BucketBatchSampler(MIXED_SHAPES, 1, seed=0, sources=MIXED_SOURCES, ratios=ratios)
+    wanted = [60 * ratio / sum(ratios) for ratio in ratios]
+    for batches in epochs(sampler, 3):
+        drawn = Counter((MIXED_SOURCES[index], MIXED_SHAPES[index]) for (index,) in batches)
+        for source, rows in ((0, {"a": 30, "b": 10}), (1, {"a": 8, "b": 12})):
+            for shape, count in rows.items():
+                assert abs(drawn[source, shape] - wanted[source] * count / sum(rows.values())) <= 0.5
+        assert len(batches) == len(sampler)
+
+
+def test_a_source_that_gives_more_than_it_has_repeats_all_alike_and_one_that_gives_less_alternates():
+    sampler = BucketBatchSampler(["a"] * 50, 1, seed=1, sources=[0] * 40 + [1] * 10, ratios=[1, 1])
+    seen, small = Counter(), Counter(index for (index,) in next(iter(epochs(sampler, 1))))
+    assert sum(count for index, count in small.items() if index >= 40) == 25
+    assert {count for index, count in small.items() if index >= 40} == {2, 3}
+    for batches in epochs(sampler, 12):
+        seen.update(index for (index,) in batches)
+    assert set(seen) == set(range(50))
+
+
+def test_a_mixed_order_is_taken_up_anywhere_and_shared_out():
+    make = lambda **more: BucketBatchSampler(  # noqa: E731
+        MIXED_SHAPES, 2, seed=4, sources=MIXED_SOURCES, ratios=[6, 4], **more
+    )
+    whole = list(islice(forever(make()), 70))
+    for position in (1, 29, len(make()) - 1):
+        sampler = make()
+        sampler.load_state_dict({"epoch": 1, "position": position})
+        start = len(make()) + position
+        assert list(islice(forever(sampler), 5)) == whole[start : start + 5]
+    for steps in zip(make(rank=0, world_size=2), make(rank=1, world_size=2), strict=True):
+        assert len({MIXED_SHAPES[index] for batch in steps for index in batch}) == 1
+
+
+def test_equal_ratios_per_row_and_no_ratios_both_serve_every_sample():
+    plain = BucketBatchSampler(SHAPES, 1, seed=2)
+    unmixed = BucketBatchSampler(SHAPES, 1, seed=2, sources=[0] * len(SHAPES), ratios=[3.0])
+    assert list(plain) == list(unmixed)
+    assert sorted(index for (index,) in epochs(plain, 1)[0]) == list(range(len(SHAPES)))
+
+
+def test_a_source_without_rows_leaves_the_others_their_ratio():
+    sampler = BucketBatchSampler(["a"] * 20, 1, seed=0, sources=[0] * 10 + [2] * 10, ratios=[3, 5, 1])
+    drawn = Counter(index // 10 for (index,) in sampler)
+    assert drawn == {0: 15, 1: 5}

@@ -1,12 +1,17 @@
 """Batches without end, in an order that can be taken up anywhere, with and without workers."""
 
 import itertools
+import json
+from collections import Counter
 
 import pytest
 import torch
 
+from refalign_adapter.data.cache import cache_dataset
+from refalign_adapter.data.options import options_of
 from refalign_adapter.errors import UserError
 from refalign_adapter.training.datasource import batches_of_equals, open_data
+from refalign_adapter.training.recipe_file import load_recipe
 from refalign_adapter.training.setup import build_accelerator
 
 
@@ -75,3 +80,41 @@ def test_a_cache_of_whole_references_is_refused_where_small_ones_are_trained(eco
 
 def test_batches_of_equals_keep_order_and_shape():
     assert batches_of_equals(["a", "b", "a", "a", "b"], 2) == [[0, 2], [3], [1, 4]]
+
+
+def test_rows_with_as_many_references_can_share_batches_and_nothing_is_stretched(make_data):
+    together = make_data("train_batch_size=3")
+    apart = make_data("train_batch_size=3", "data.bucket_by_references=true")
+    masks = [batch.mask for batch in itertools.islice(together.training_batches(0, 0), 8)]
+    assert not all(mask.all() for mask in masks)
+    counts = set()
+    for batch in itertools.islice(apart.training_batches(0, 0), 2 * len(apart.sampler)):
+        assert batch.mask.all()
+        counts.add(batch.mask.shape[1])
+        assert batch.latents.shape[-2:] == batch.references.shape[-2:] == (6, 6)
+    assert counts == {1, 2, 3}
+    assert all(apart.validation_batch(index).mask.all() for index in range(len(apart.groups)))
+
+
+def test_sources_are_mixed_by_the_recipes_ratios(tiny_world, tmp_path, make_data):
+    clips = tiny_world / "clips"
+    lines = (clips / "metadata.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("few", lines[:2]), ("many", lines[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "videos": str(clips)} for name in ("few", "many")]
+    for name in ("few", "many"):  # references are beside the table
+        text = (tmp_path / f"{name}.jsonl").read_text()
+        (tmp_path / f"{name}.jsonl").write_text(text.replace('"image": "', f'"image": "{clips}/'))
+    overrides = [f"data.cache_dir={tmp_path / 'cache'}", "data.validation_rows=0", "train_batch_size=1"]
+
+    def data(ratios):
+        values = [{**source, "ratio": ratio} for source, ratio in zip(sources, ratios, strict=True)]
+        return make_data(*overrides, f"data.train_data={json.dumps(values)}")
+
+    recipe = [*overrides, f"data.train_data={json.dumps(sources)}"]
+    cache_dataset(options_of(load_recipe(tiny_world / "recipe.yaml", recipe)), device="cpu")
+    for ratios, wanted in (((1, 1), {0: 5, 1: 5}), ((1, 4), {0: 2, 1: 8})):
+        mixed = data(ratios)
+        source_of = dict(zip(mixed.training.keys, mixed.training.sources, strict=True))
+        batches = itertools.islice(mixed.training_batches(0, 0), len(mixed.sampler))
+        assert Counter(source_of[batch.keys[0]] for batch in batches) == wanted
