@@ -92,7 +92,9 @@ def reference_sensitivity(
     if len(rows) < 2:
         raise UserError(f"samples: at least 2 rows of one shape and number of references are needed, got {len(rows)}")
     losses = torch.stack(rows).double()
-    return Sensitivity(*losses.mean(0).tolist(), len(rows), paired_p_value(losses[:, 0], losses[:, 1]), losses)
+    true, shuffled, swapped, none = losses.mean(0).tolist()
+    p_value = paired_p_value(losses[:, 0], losses[:, 1])
+    return Sensitivity(true, shuffled, swapped, none, len(rows), p_value, losses)
 
 
 def paired_p_value(smaller: Tensor, larger: Tensor) -> float:
