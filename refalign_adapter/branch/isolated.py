@@ -39,7 +39,7 @@ class IsolatedAttention(ReferenceAttention):
         self.processors: dict[nn.Module, KeyValueProcessor] = {}
         self.skipped: dict[nn.Module, SkippedProcessor] = {}
         self._next: Pass | None = None
-        self._places: Tensor | None = None
+        self._places: tuple[Tensor, int] | None = None
         rotary = self.family.rotary_embedding(self.transformer)
         self.handles.append(rotary.register_forward_hook(self._place))
         blocks = self.family.blocks(self.transformer)
@@ -70,7 +70,7 @@ class IsolatedAttention(ReferenceAttention):
         first = frames if self.reference_frame is None else self.reference_frame
         clips = references.clips
         places = torch.arange(references.count, device=clips.device).expand(references.latents.shape[0], -1)
-        self._next, self._places = current, first + references.of_real(places)
+        self._next, self._places = current, (first + references.of_real(places), first + references.count)
         dtype = self.transformer.dtype
         no_text = clips.new_zeros(len(clips), 1, self.family.text_width(self.transformer), dtype=dtype)
         no_noise = torch.zeros(len(clips), device=clips.device)
@@ -169,7 +169,7 @@ class IsolatedAttention(ReferenceAttention):
         current = self.state.current
         if current is None or not current.writes or self._places is None:
             return None
-        return self.family.rotary_at(self.transformer, args[0], self._places)
+        return self.family.rotary_at(self.transformer, args[0], *self._places)
 
 
 def _kept(references: References | None) -> Tensor | None:

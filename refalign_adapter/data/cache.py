@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from ..errors import ConfigError, UserError
 from ..files import require_writable_folder, write_json
 from .digests import FileDigests
-from .encode import PreparedRow, RowEncoder, RowPreparer, facts_of
+from .encode import PreparedRow, RowEncoder, RowPreparer, plans_of
 from .encoders import Encoders, load_encoders
 from .index import FORMAT, META_NAME, IndexEntry, write_index
 from .lock import filling
@@ -149,7 +149,7 @@ def _build(
     options: CacheOptions, rows: dict[str, list[Row]], encoders: Encoders, progress: Progress | None, rehash: bool
 ) -> CacheReport:
     started, state = time.perf_counter(), process_state()
-    encoder = RowEncoder(options, encoders, facts_of(options, encoders), PartStore(options.cache_dir))
+    encoder = RowEncoder(options, encoders, plans_of(options, encoders), PartStore(options.cache_dir))
     digests = FileDigests(options.cache_dir, rehash=rehash)
     if state.is_main_process:
         encoder.store.remove_leftovers()
@@ -208,8 +208,7 @@ def _encode_all(
 
 
 def _prepare(work: list[tuple[str, Row]], encoder: RowEncoder, digests: FileDigests) -> Iterator[PreparedRow]:
-    size = encoder.encoders.canvas_size(encoder.options)
-    preparer = RowPreparer([row for _, row in work], encoder.options, encoder.facts, encoder.store, size, digests)
+    preparer = RowPreparer([row for _, row in work], encoder.plans, encoder.store, digests)
     yield from DataLoader(preparer, batch_size=None, num_workers=encoder.options.num_workers, collate_fn=_as_it_is)
 
 
@@ -218,10 +217,12 @@ def _as_it_is(prepared: Any) -> Any:
 
 
 def _in_order(every: list, split: str) -> list[IndexEntry]:
-    """A split's entries from all processes in the manifest's order, those of equal content once."""
+    """A split's entries from all processes in an order that their number does not change, those of equal content
+    once: the first rows of all sources, then the second ones, so that rows held out from the end are of every source.
+    """
     found = [entry for item in every for name, entry in item[0] if name == split]
     unique: dict[str, IndexEntry] = {}
-    for entry in sorted(found, key=lambda entry: entry.line):
+    for entry in sorted(found, key=lambda entry: (entry.line, entry.source)):
         unique.setdefault(entry.key, entry)
     return list(unique.values())
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,8 @@ from .parts import PartStore, file_digest, hash_of
 from .pictures import augmentation_key, draw_reference, open_picture, reference_facts
 from .references import AUGMENTATION, content_tokens
 from .rows import Row
-from .video import read_video
+from .sizes import Size, choose_size
+from .video import TooShortError, probe_video, read_video
 
 Digest = Callable[[str | Path], str]
 """A file's sha256: `parts.file_digest`, or one that remembers, `digests.FileDigests`."""
@@ -56,17 +57,43 @@ class Facts:
     tokens: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How the rows of one size are encoded.
+
+    Attributes:
+        options: with that size alone.
+        facts: what decides their parts.
+        canvas_size: H' and W'.
+    """
+
+    options: CacheOptions
+    facts: Facts
+    canvas_size: tuple[int, int]
+
+
+Plans = dict[Size, Plan]
+
+
+def plans_of(options: CacheOptions, encoders: Encoders) -> Plans:
+    """A plan for each of the options' sizes."""
+    single = {size: options.at(size) for size in options.sizes}
+    return {size: Plan(one, facts_of(one, encoders), encoders.canvas_size(one)) for size, one in single.items()}
+
+
 @dataclass
 class PreparedRow:
     """What a decoding process hands to the encoders.
 
     Attributes:
+        size: what the clip is brought to.
         parts: the row's parts; None when the row cannot be read.
         frames: uint8 (F, H, W, 3); None when the latents are in the cache.
         canvases: uint8 (V, M, H', W', 3); None when all that is made of them is in the cache.
         problem: why the row cannot be read.
     """
 
+    size: Size | None = None
     parts: RowParts | None = None
     frames: np.ndarray | None = None
     canvases: np.ndarray | None = None
@@ -74,7 +101,7 @@ class PreparedRow:
 
 
 def facts_of(options: CacheOptions, encoders: Encoders) -> Facts:
-    """The facts for these options and encoders."""
+    """The facts for these options, which have one size, and encoders."""
     size = {"height": options.height, "width": options.width}
     stored = {"format": FORMAT, "dtype": options.dtype}
     height, width = encoders.canvas_size(options)
@@ -133,49 +160,70 @@ class RowPreparer(Dataset[PreparedRow]):
 
     Args:
         rows: what to read.
-        options, facts: how.
+        plans: how, by size.
         store: where finished parts are; what is there is not decoded again.
-        canvas_size: height and width of a reference's canvas in pixels.
         digest: hashes a file.
     """
 
-    def __init__(
-        self,
-        rows: list[Row],
-        options: CacheOptions,
-        facts: Facts,
-        store: PartStore,
-        canvas_size: tuple[int, int],
-        digest: Digest = file_digest,
-    ):
-        self.rows, self.options, self.facts, self.store = rows, options, facts, store
-        self.canvas_size, self.digest = canvas_size, digest
+    def __init__(self, rows: list[Row], plans: Plans, store: PartStore, digest: Digest = file_digest):
+        self.rows, self.plans, self.store, self.digest = rows, plans, store, digest
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> PreparedRow:
-        row, options = self.rows[index], self.options
-        prepared = PreparedRow()
+        row = self.rows[index]
         try:
-            parts = parts_of(row, self.facts, self.digest)
-            if self.store.shape("video", parts.video) is None:
-                size = {"height": options.height, "width": options.width}
-                prepared.frames = read_video(
-                    row.clip,
-                    num_frames=options.num_frames,
-                    fps=options.fps,
-                    segment=row.segment,
-                    crop=row.crop,
-                    **size,
-                )
-            drawn = [(part, key) for part, key in parts.files() if part in ("references", "teacher", "tokens")]
-            if any(self.store.shape(part, key) is None for part, key in drawn):
-                prepared.canvases = draw_canvases(row, options, self.canvas_size, self.digest)
-            prepared.parts = parts
+            return self._prepared(row, list(self.plans))
         except UserError as error:
-            prepared.problem = str(error)
-        return prepared
+            return PreparedRow(problem=str(error))
+
+    def _prepared(self, row: Row, sizes: list[Size]) -> PreparedRow:
+        """The row at the one of these sizes that suits it; what is in the cache is not decoded."""
+        size = size_of(row, sizes, self.plans[sizes[0]].options.fps)
+        plan = self.plans[size]
+        parts = parts_of(row, plan.facts, self.digest)
+        frames = canvases = None
+        if self.store.shape("video", parts.video) is None:
+            try:
+                frames = read_clip(row, size, plan.options.fps)
+            except TooShortError:  # its header tells more frames than there are
+                shorter = [other for other in sizes if other.num_frames < size.num_frames]
+                if not shorter:
+                    raise
+                return self._prepared(row, shorter)
+        drawn = [(part, key) for part, key in parts.files() if part in ("references", "teacher", "tokens")]
+        if any(self.store.shape(part, key) is None for part, key in drawn):
+            canvases = draw_canvases(row, plan.options, plan.canvas_size, self.digest)
+        return PreparedRow(size, parts, frames, canvases)
+
+
+def size_of(row: Row, sizes: Sequence[Size], fps: float | None) -> Size:
+    """The size that the row's clip is brought to, see `choose_size`; with a single one, the clip is not opened.
+
+    Raises:
+        UserError: a clip that cannot be read.
+    """
+    if len(sizes) == 1:
+        return sizes[0]
+    return choose_size(sizes, probe_video(row.clip, segment=row.segment, crop=row.crop), fps)
+
+
+def read_clip(row: Row, size: Size, fps: float | None) -> np.ndarray:
+    """The row's clip at a size, uint8 (F, H, W, 3), see `read_video`.
+
+    Raises:
+        UserError: a clip that cannot be read or is too short.
+    """
+    return read_video(
+        row.clip,
+        num_frames=size.num_frames,
+        height=size.height,
+        width=size.width,
+        fps=fps,
+        segment=row.segment,
+        crop=row.crop,
+    )
 
 
 def draw_canvases(row: Row, options: CacheOptions, size: tuple[int, int], digest: Digest = file_digest) -> np.ndarray:
@@ -215,30 +263,37 @@ class RowEncoder:
     """Runs the encoders on prepared rows and writes the parts.
 
     Attributes:
-        options, encoders, facts, store: how and where.
+        options, encoders, plans, store: how and where.
         made, reused: part -> files written, files that were there.
         seconds: encoder -> time it took.
     """
 
     options: CacheOptions
     encoders: Encoders
-    facts: Facts
+    plans: Plans
     store: PartStore
     made: Counter[str] = field(default_factory=Counter)
     reused: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
+    @property
+    def facts(self) -> Facts:
+        """Those of the first size; what they say of texts and encoders holds for all."""
+        return next(iter(self.plans.values())).facts
+
     def encode(self, row: Row, prepared: PreparedRow) -> IndexEntry:
         """Write the parts that are missing; returns the row's entry of the index."""
-        parts = prepared.parts
+        parts, size = prepared.parts, prepared.size
         assert parts is not None
+        assert size is not None
+        grid = self.encoders.token_grid(self.plans[size].options)
         shape = self._part("video", parts.video, lambda: self._latents(prepared.frames), "VAE")
         references = self._part("references", parts.references, lambda: self._references(prepared.canvases), "VAE")
         self.encode_text(row.caption)
         for name, key in parts.teachers.items():
-            self._part("teacher", key, partial(self._features, name, prepared.canvases), f"teacher {name}")
+            self._part("teacher", key, partial(self._features, name, prepared.canvases, grid), f"teacher {name}")
         if parts.tokens:
-            self._part("tokens", parts.tokens, lambda: self._tokens(prepared.canvases), "tokens")
+            self._part("tokens", parts.tokens, partial(_tokens, prepared.canvases, grid), "tokens")
         return IndexEntry(
             key=hash_of([parts.video, parts.references, parts.text, row.subjects]),
             file_name=row.file_name,
@@ -282,21 +337,22 @@ class RowEncoder:
         encode = self.encoders.family.encode_images
         return torch.stack([encode(self.encoders.pipe, variant * 2 - 1) for variant in images])
 
-    def _features(self, name: str, canvases: np.ndarray | None) -> Tensor:
-        grid = self.encoders.token_grid(self.options) if self.options.teacher_grid == "match" else None
-        return torch.stack([self.encoders.teachers[name].encode(variant, grid) for variant in _images(canvases)])
-
-    def _tokens(self, canvases: np.ndarray | None) -> Tensor:
-        assert canvases is not None
-        grid = self.encoders.token_grid(self.options)
-        tokens = [[content_tokens(canvas, *grid) for canvas in variant] for variant in canvases]
-        return torch.from_numpy(np.array(tokens))
+    def _features(self, name: str, canvases: np.ndarray | None, grid: tuple[int, int]) -> Tensor:
+        shown = grid if self.options.teacher_grid == "match" else None
+        return torch.stack([self.encoders.teachers[name].encode(variant, shown) for variant in _images(canvases)])
 
     def _embedding(self, caption: str) -> Tensor:
         length = self.options.max_sequence_length
         text = self.encoders.family.encode_text(self.encoders.pipe, [caption], length)[0]
         real = text.ne(0).any(-1).nonzero()
         return text[: int(real.max()) + 1 if len(real) else 1]
+
+
+def _tokens(canvases: np.ndarray | None, grid: tuple[int, int]) -> Tensor:
+    """bool (V, M, rows, columns): the tokens that show anything but white padding."""
+    assert canvases is not None
+    tokens = [[content_tokens(canvas, *grid) for canvas in variant] for variant in canvases]
+    return torch.from_numpy(np.array(tokens))
 
 
 def _images(canvases: np.ndarray | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from ..families.base import Family, load_family
 from ..teachers.base import Teacher, load_teacher
 from .options import DTYPES, CacheOptions, model_id
 from .references import reference_size
+from .sizes import Size
 
 PIPELINE_CONFIG = "model_index.json"
 
@@ -59,18 +61,24 @@ class Encoders:
         Raises:
             ConfigError: lists every such size, each with the nearest that fits.
         """
-        time, rows, columns = self.family.size_multiples(self.pipe, self.patch_size)
-        problems = []
-        if (options.num_frames - 1) % time:
-            near = max(0, round((options.num_frames - 1) / time)) * time + 1
-            problems.append(f"num_frames must be a multiple of {time} plus 1, got {options.num_frames}; try {near}")
-        for name, multiple in (("height", rows), ("width", columns)):
-            value = getattr(options, name)
-            if value % multiple:
-                near = max(1, round(value / multiple)) * multiple
-                problems.append(f"{name} must be a multiple of {multiple}, got {value}; try {near}")
+        multiples = self.family.size_multiples(self.pipe, self.patch_size)
+        problems = [problem for size in options.sizes for problem in _misfits(size, multiples)]
+        if options.buckets:
+            problems = [f"data.buckets {problem}" for problem in problems]
         if problems:
-            raise ConfigError(problems)
+            raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def _misfits(size: Size, multiples: tuple[int, int, int]) -> Iterator[str]:
+    time, rows, columns = multiples
+    if (size.num_frames - 1) % time:
+        near = max(0, round((size.num_frames - 1) / time)) * time + 1
+        yield f"num_frames must be a multiple of {time} plus 1, got {size.num_frames}; try {near}"
+    for name, multiple in (("height", rows), ("width", columns)):
+        value = getattr(size, name)
+        if value % multiple:
+            near = max(1, round(value / multiple)) * multiple
+            yield f"{name} must be a multiple of {multiple}, got {value}; try {near}"
 
 
 def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> Encoders:

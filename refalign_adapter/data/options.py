@@ -12,6 +12,7 @@ import torch
 from ..config import DEFAULT_TEACHER
 from ..errors import ConfigError
 from .manifest import SourcesValue
+from .sizes import Size, parse_sizes
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEACHER_GRIDS = ("match", "native")
@@ -31,10 +32,11 @@ COMPARED = (
     "teacher_grid",
     "reference_scale",
     "drop_background",
+    "buckets",
 )
 """Options in which a cache and the training that reads it must agree."""
 
-ADDED = {"reference_scale": 1.0, "drop_background": False}
+ADDED = {"reference_scale": 1.0, "drop_background": False, "buckets": []}
 """Options that older caches do not mention, and how those were made."""
 
 
@@ -49,7 +51,8 @@ class CacheOptions:
         validation_data: the held-out rows, in the same ways; None: there are none.
         revision, variant: of the base model on the Hub.
         family: the base's family, see `load_family`; None finds it by the base's config.
-        height, width, num_frames: of the videos in pixels and frames.
+        height, width, num_frames: of the videos in pixels and frames; with buckets, those of the first.
+        buckets: sizes, in place of that one; a clip goes to the one that suits it best, see `choose_size`.
         fps: frames a second that clips are sampled at; None takes consecutive frames.
         max_references: references of a row at most.
         augment_references: whether references of regular pairs are augmented; those of cross pairs never are.
@@ -96,9 +99,11 @@ class CacheOptions:
     num_workers: int = 0
     reference_scale: float = 1.0
     drop_background: bool = False
+    buckets: tuple[Size, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teachers", tuple(self.teachers))
+        self._settle_sizes()
         problems = []
         for name in ("height", "width", "num_frames", "max_references", "reference_variants", "max_sequence_length"):
             if getattr(self, name) < 1:
@@ -117,6 +122,21 @@ class CacheOptions:
         # 8 and 8.0 must not make two caches.
         object.__setattr__(self, "fps", None if self.fps is None else float(self.fps))
 
+    def _settle_sizes(self) -> None:
+        """A single bucket is the same as none: it must not make another cache."""
+        for name, value in dataclasses.asdict(self.buckets[0]).items() if self.buckets else ():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "buckets", self.buckets if len(self.buckets) > 1 else ())
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """What clips are brought to, one or several."""
+        return self.buckets or (Size(self.num_frames, self.height, self.width),)
+
+    def at(self, size: Size) -> CacheOptions:
+        """The same with this size alone."""
+        return dataclasses.replace(self, buckets=(size,))
+
     @property
     def manifests(self) -> dict[str, SourcesValue]:
         """Split ("train", "validation") -> where its rows are, of those that are given."""
@@ -126,7 +146,7 @@ class CacheOptions:
     def compared(self) -> dict[str, Any]:
         """The options in which a cache and its reader must agree, as JSON types."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if name in COMPARED}
-        return values | {"base_model": model_id(self.base_model)}
+        return values | {"base_model": model_id(self.base_model), "buckets": list(map(str, self.buckets))}
 
 
 def model_id(name: str) -> str:
@@ -143,7 +163,7 @@ def options_of(recipe: Any) -> CacheOptions:
     Raises:
         ConfigError: values that make no cache.
     """
-    data = recipe.data.model_dump(exclude={"validation_rows", "bucket_by_references"})
+    data = recipe.data.model_dump(exclude={"validation_rows", "bucket_by_references", "buckets"})
     aligned = recipe.alignment.weight > 0 and recipe.adapter.align_layers not in (0, [])
     return CacheOptions(
         base_model=recipe.pretrained_model_name_or_path,
@@ -154,5 +174,6 @@ def options_of(recipe: Any) -> CacheOptions:
         teachers=tuple(recipe.adapter.teachers) if aligned else (),
         reference_scale=recipe.adapter.reference_scale,
         drop_background=recipe.adapter.drop_background,
+        buckets=parse_sizes(recipe.data.buckets or ()),
         **data,
     )

@@ -19,12 +19,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError
 from ..files import atomic_file
+from .sizes import CLOCK_TOLERANCE, VideoFacts
 
 Crop = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels of the frames as they are shown."""
 
-CLOCK_TOLERANCE = 1e-3
-"""Seconds by which a container's rounded time stamps may be late."""
+
+class TooShortError(UserError):
+    """A clip with fewer frames than were asked for."""
 
 
 def read_video(
@@ -54,7 +56,8 @@ def read_video(
         uint8 (F, H, W, 3), RGB.
 
     Raises:
-        UserError: the file is missing, empty, not readable as a video, or too short, or the crop leaves its frames.
+        TooShortError: it has fewer frames.
+        UserError: the file is missing, empty or not readable as a video, or the crop leaves its frames.
     """
     frames: list[np.ndarray] = []
     previous = None
@@ -69,7 +72,7 @@ def read_video(
             frames.append(frames[-1] if frame is previous else array)
             previous = frame
     if len(frames) < num_frames:
-        raise UserError(f"video: {_too_short(path, len(frames), num_frames, fps)}")
+        raise TooShortError(f"video: {_too_short(path, len(frames), num_frames, fps)}")
     return np.stack(frames)
 
 
@@ -100,6 +103,32 @@ def count_frames(path: str | Path) -> int:
     """
     with _opened(path) as (container, stream):
         return stream.frames or sum(1 for _ in container.decode(stream))
+
+
+def probe_video(path: str | Path, *, segment: tuple[int, int] | None = None, crop: Crop | None = None) -> VideoFacts:
+    """Size and length of a video, or of a segment of it, from its first frame and its container's header.
+
+    Frames that the header does not tell are counted by decoding; one that tells more than there are is believed.
+
+    Args:
+        path: a file that FFmpeg reads.
+        segment, crop: as in `read_video`.
+
+    Raises:
+        UserError: the file is missing, empty or not readable as a video, or the crop leaves its frames.
+    """
+    with _opened(path) as (container, stream):
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        frames = stream.frames or round(rate * (container.duration or 0) / av.time_base)
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise UserError(f"video: {_too_short(path, 0, 1, None)}")
+        image, aspect = _upright(first, float(stream.sample_aspect_ratio or 1))
+        image = _cropped(image, crop, path)
+    frames = frames or count_frames(path)
+    if segment is not None:
+        frames = max(0, min(frames, segment[1]) - segment[0])
+    return VideoFacts(image.height, max(1, round(image.width * aspect)), frames, rate)
 
 
 @contextmanager

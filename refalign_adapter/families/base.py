@@ -77,8 +77,9 @@ class Family(ABC):
         """The module that makes rotary embeddings of the latents it is called with."""
 
     @abstractmethod
-    def rotary_at(self, transformer: Any, latents: Tensor, frames: Tensor) -> Any:
-        """What that module returns, for one-frame latents (R, C, 1, H, W) at temporal indices `frames` (R,)."""
+    def rotary_at(self, transformer: Any, latents: Tensor, frames: Tensor, length: int) -> Any:
+        """What that module returns, for one-frame latents (R, C, 1, H, W) at temporal indices `frames` (R,), all below
+        `length`; their values are not read, so that a GPU is not waited for."""
 
     @abstractmethod
     def hidden_size(self, transformer: Any) -> int:

@@ -73,9 +73,10 @@ class WanFamily(Family):
     def rotary_embedding(self, transformer: Any) -> nn.Module:
         return transformer.rope
 
-    def rotary_at(self, transformer: Any, latents: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-        length = int(frames.max()) + 1  # it looks at the shape alone
-        longer = latents[:1].expand(-1, -1, length * transformer.config.patch_size[0], -1, -1)
+    def rotary_at(self, transformer: Any, latents: Tensor, frames: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        longer = latents[:1].expand(
+            -1, -1, length * transformer.config.patch_size[0], -1, -1
+        )  # its shape counts alone
         cosine, sine = (part.unflatten(1, (length, -1))[0] for part in transformer.rope.forward(longer))
         return cosine[frames], sine[frames]
 

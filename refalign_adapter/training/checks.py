@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.manifest import missing_paths, source_problems
+from ..data.sizes import size_problems
 from ..errors import ConfigError, UserError
 from .config import Recipe
 
@@ -21,6 +22,7 @@ def cross_field_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _part_problems("adapter", recipe.adapter_config)
     yield from _part_problems("alignment", recipe.alignment_schedule)
     yield from _optimizer_problems(recipe)
+    yield from _memory_problems(recipe)
     yield from _output_problems(recipe)
     yield from _dropout_problems(recipe)
     yield from _source_problems(recipe)
@@ -50,6 +52,8 @@ def _dropout_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _source_problems(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.data.buckets is not None:
+        yield from ((("data.buckets",), line) for line in size_problems(recipe.data.buckets, "data.buckets"))
     for name, value in _sources(recipe):
         yield from (((name,), line) for line in source_problems(value, name))
 
@@ -69,6 +73,14 @@ def _optimizer_problems(recipe: Recipe) -> Iterator[Problem]:
             ("lr_warmup_steps", "lr_scheduler"),
             f"lr_warmup_steps is {recipe.lr_warmup_steps}, but lr_scheduler 'constant' has no warm-up; "
             "use constant_with_warmup",
+        )
+
+
+def _memory_problems(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.offload_activations and not recipe.gradient_checkpointing:
+        yield (
+            ("offload_activations", "gradient_checkpointing"),
+            "offload_activations needs gradient_checkpointing=true, got false; set that too, or leave it out",
         )
 
 

@@ -134,9 +134,9 @@ class SampleSection(Section):
     """How videos are made while training."""
 
     negative_prompt: str = Field(default="", description="prompt in place of the empty text")
-    height: Count | None = Field(default=None, description="pixels; null = data.height")
-    width: Count | None = Field(default=None, description="pixels; null = data.width")
-    num_frames: Count | None = Field(default=None, description="frames; null = data.num_frames")
+    height: Count | None = Field(default=None, description="pixels; null = data.height, or the first bucket's")
+    width: Count | None = Field(default=None, description="pixels; null = data.width, or the first bucket's")
+    num_frames: Count | None = Field(default=None, description="frames; null = data.num_frames, or the first bucket's")
     num_inference_steps: Count = Field(default=30, description="denoising steps of a video")
     image_guidance_scale: NotNegative = Field(default=5.0, description="guidance towards the references")
     guidance_scale: float = Field(default=7.5, ge=1, description="guidance towards the prompt; 1 = off")
@@ -161,6 +161,11 @@ class DataSection(Section):
     height: Count = Field(default=480, description="pixels")
     width: Count = Field(default=832, description="pixels")
     num_frames: Count = Field(default=81, description="frames of a clip")
+    buckets: list[Text] | None = Field(
+        default=None,
+        description="sizes in place of num_frames, height and width: frames x height x width, such as [81x480x832, "
+        "81x832x480]; a clip goes to the one that suits it best. null = that one size",
+    )
     fps: Positive | None = Field(
         default=16.0, description="frames per second that clips are sampled at; null = as they are"
     )
@@ -202,6 +207,11 @@ class Recipe(Section):
     gradient_accumulation_steps: Count = Field(default=1, description="batches per optimizer step")
     gradient_checkpointing: bool = Field(
         default=False, description="recompute blocks in backward: less memory, more time"
+    )
+    offload_activations: bool = Field(
+        default=False,
+        description="keep what gradient checkpointing keeps of each block in host memory: "
+        "less GPU memory, a little time",
     )
     mixed_precision: Literal["no", "bf16"] | None = Field(
         default=None, description="null = what accelerate launch says"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 
 from ..data.encoders import Encoders
 from ..data.options import options_of
+from ..data.sizes import Size
 from ..data.video import read_image, write_video
 from ..families.base import Family
 from ..pipelines.base import build_pipeline
@@ -44,8 +44,8 @@ class Sampler:
         branch = run.trained.branch
         pipe = _load_encoders(recipe, branch.family, accelerator.mixed_precision == "bf16")
         patch_size = branch.family.patch_size(branch.transformer)
-        sizes = {name: self.arguments[name] for name in ("height", "width", "num_frames")}
-        Encoders(branch.family, pipe, patch_size).check_sizes(dataclasses.replace(options_of(recipe), **sizes))
+        size = Size(*(self.arguments[name] for name in ("num_frames", "height", "width")))
+        Encoders(branch.family, pipe, patch_size).check_sizes(options_of(recipe).at(size))
         samples = [sample for _, sample in self.mine]
         self.texts = _encode_prompts(pipe, branch.family, recipe, samples, accelerator.device)
         replaced = {"transformer": branch.transformer, "text_encoder": None, "tokenizer": None}
@@ -79,7 +79,7 @@ class Sampler:
 
 def sample_arguments(recipe: Recipe) -> dict[str, Any]:
     """The pipeline's arguments for a recipe's videos; sizes not given are the training clips'."""
-    sample, data = recipe.sample, recipe.data
+    sample, data = recipe.sample, options_of(recipe)
     return {
         "height": sample.height or data.height,
         "width": sample.width or data.width,

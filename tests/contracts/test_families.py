@@ -147,7 +147,7 @@ def test_a_frame_at_its_place_has_the_rotary_embedding_it_has_in_a_longer_video(
     latents = torch.zeros(1, transformer.config.in_channels, 6, 8, 12)
     whole = calls_of(rotary, forward(family, transformer, latents))[0][2]
     frames = torch.tensor([5, 0, 3])
-    got = family.rotary_at(transformer, latents[:, :, :1].expand(3, -1, -1, -1, -1), frames)
+    got = family.rotary_at(transformer, latents[:, :, :1].expand(3, -1, -1, -1, -1), frames, 6)
     for part, longer in zip(got, whole, strict=True):
         expected = longer.unflatten(1, (6, -1))[0][frames]
         assert torch.equal(part, expected)

@@ -8,7 +8,7 @@ import torch
 
 from refalign_adapter.data.cache import cache_dataset
 from refalign_adapter.data.dataset import collate, open_cache
-from refalign_adapter.data.encode import RowEncoder, RowPreparer, facts_of
+from refalign_adapter.data.encode import RowEncoder, RowPreparer, plans_of
 from refalign_adapter.data.encoders import load_encoders
 from refalign_adapter.data.manifest import load_manifest
 from refalign_adapter.data.options import options_of
@@ -65,9 +65,9 @@ def encoded_on_the_fly(options, monkeypatch):
     """Keys of the rows and their samples, without a cache and without rounding."""
     exact = dataclasses.replace(options, dtype="fp32")
     encoders, rows, store = load_encoders(exact), load_manifest(options.train_data), Keeping()
-    facts = facts_of(exact, encoders)
-    encoder = RowEncoder(exact, encoders, facts, store)
-    preparer = RowPreparer(rows, exact, facts, store, encoders.canvas_size(exact))
+    plans = plans_of(exact, encoders)
+    encoder = RowEncoder(exact, encoders, plans, store)
+    preparer = RowPreparer(rows, plans, store)
     entries = [encoder.encode(row, preparer[index]) for index, row in enumerate(rows)]
     store.read = lambda part, key: store.parts[part, key]
     dataset = open_cache(options)

@@ -1,8 +1,10 @@
 """The loop: a run taken up again is the run that went through, with every kind of optimizer state."""
 
 import itertools
+from collections import Counter
 
 import pytest
+import tiny_data
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -10,6 +12,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from refalign_adapter.branch.attach import ReferenceBranch
+from refalign_adapter.data.cache import cache_dataset
+from refalign_adapter.data.dataset import open_cache
+from refalign_adapter.data.options import options_of
 from refalign_adapter.data.video import read_video
 from refalign_adapter.errors import UserError
 from refalign_adapter.training.interrupt import SignalWatch
@@ -122,6 +127,26 @@ def test_a_lora_on_small_references_trains_and_leaves_the_rest_as_it_is(economic
     assert [step["train/alignment_weight"] for step in values] == [1, 1, 0]
     after = run.module.state_dict()
     assert {name for name in before if not torch.equal(before[name], after[name])} == names
+
+
+def test_clips_of_several_sizes_train_together(make_recipe, tmp_path):
+    """Each step works on one size; the run resumes exactly, as with one size."""
+    manifest = tiny_data.write_data(tmp_path / "data", 9, frames=5, height=48, width=96)
+    for number in (1, 2, 5):
+        tiny_data.write_clip(tmp_path / f"data/clips/{number}.mp4", frames=5, height=96, width=48, seed=number)
+    tiny_data.write_clip(tmp_path / "data/clips/6.mp4", frames=3, height=48, width=96)
+    sizes = ["data.buckets=[5x32x64, 5x64x32, 1x32x64]", "data.fps=8", "optimizer=adamw", "validation_steps=3"]
+    sizes += [f"data.train_data={manifest}", f"data.cache_dir={tmp_path / 'cache'}"]
+    recipe = make_recipe(*sizes, f"output_dir={tmp_path / 'straight'}")
+    cache_dataset(options_of(recipe), device="cpu")
+    assert Counter(open_cache(options_of(recipe)).shapes) == {(16, 2, 4, 8): 5, (16, 2, 8, 4): 3, (16, 1, 4, 8): 1}
+    train(recipe)
+    steps = [row for row in read_metrics(tmp_path / "straight/metrics.jsonl") if "train/loss" in row]
+    assert len(steps) == 6
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "straight/checkpoint-3").rename(tmp_path / "parts/checkpoint-3")
+    train(make_recipe(*sizes, f"output_dir={tmp_path / 'parts'}", "resume_from_checkpoint=latest"))
+    assert_same(tmp_path / "straight" / FILES[0], tmp_path / "parts" / FILES[0])
 
 
 def test_waiting_for_batches_is_measured(make_recipe, tmp_path, monkeypatch):

@@ -242,3 +242,20 @@ def test_sources_of_data_are_checked_with_everything_else(recipe_file):
         "data.train_data: 'a' does not exist",
         "data.train_data: 'none' does not exist",
     ]
+
+
+def test_buckets_take_the_place_of_one_size(recipe_file):
+    bad = problems(recipe_file(), "data.buckets=[81x480, 81x480x832, 5]")
+    assert bad == ["data.buckets.2 should be a valid string, got 5"]
+    bad = problems(recipe_file(), "data.buckets=[81x480, 81x480x832, none]", "data.fps=0")
+    assert bad[0] == "data.fps should be greater than 0, got 0"
+    assert bad[1:] == [
+        f"data.buckets.{index} must be frames x height x width such as 81x480x832, got {value!r}"
+        for index, value in ((0, "81x480"), (2, "none"))
+    ]
+    options = options_of(load_recipe(recipe_file(), ["data.buckets=[49x832x480, 81x480x832]"]))
+    assert list(map(str, options.sizes)) == ["49x832x480", "81x480x832"]
+    assert (options.num_frames, options.height, options.width) == (49, 832, 480)
+    assert options_of(load_recipe(recipe_file(), ["data.buckets=[81x480x832]"])) == options_of(
+        load_recipe(recipe_file())
+    )
