@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import read_json
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 TABLE_SUFFIXES = (".jsonl", ".json", *BUILDERS)
@@ -106,13 +105,26 @@ def _stream(path: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"cannot read {str(path)!r} as {builder} ({reason})") from None
 
 
-def read_records(path: Path) -> dict[str, Any]:
-    """A JSON file that maps names to records.
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(name, record) of a JSON file that maps names to records, one at a time: such files can be larger than memory.
 
     Raises:
-        UserError: it is missing, unreadable or something else.
+        UserError: it is missing, unreadable or something else, or ijson is not installed.
     """
-    records = read_json(path, "path")
-    if not isinstance(records, dict):
-        raise UserError(f"{str(path)!r} must map names to records, got a {type(records).__name__}")
-    return records
+    try:
+        import ijson
+    except ImportError:
+        raise UserError(
+            f"cannot read {str(path)!r}: ijson is not installed; pip install 'refalign-adapter[train]'"
+        ) from None
+    try:
+        with path.open("rb") as file:
+            if file.read(64).lstrip()[:1] != b"{":
+                raise UserError(f"path: {str(path)!r} must be a JSON object that maps names to records")
+            file.seek(0)
+            yield from ijson.kvitems(file, "", use_float=True)
+    except FileNotFoundError:
+        raise UserError(f"path: {str(path)!r} does not exist") from None
+    except (OSError, ijson.JSONError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"path: {str(path)!r} is not readable JSON ({reason})") from None

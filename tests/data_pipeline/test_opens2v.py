@@ -13,6 +13,7 @@ import tiny_data
 from refalign_adapter.data.manifest import load_manifest
 from refalign_adapter.data.masks import decode_mask, encode_mask
 from refalign_adapter.data.opens2v import Unusable, read_clip
+from refalign_adapter.data.readers import opens2v_cross
 from refalign_adapter.data.selection import Candidate, select_subjects
 from refalign_adapter.errors import UserError
 
@@ -192,6 +193,32 @@ def test_parts_that_are_missing_are_said(cross, tmp_path, caplog):
     assert "1 clips are in a part that is not here (dataset1)" in caplog.text
     with pytest.raises(UserError, match=r"parts: .* has no \.json of a regular part"):
         load_manifest({**cross, "parts": str(tmp_path / "nowhere")})
+
+
+def test_a_part_is_read_record_by_record(videos, tmp_path):
+    """Published parts are larger than memory: what comes after the rows that are asked for is not even looked at."""
+    path = tmp_path / "part.json"
+    source = {"path": str(path), "format": "opens2v_regular", "videos": str(videos)}
+    path.write_text(json.dumps({"a": RECORD, "b": RECORD})[:-1] + ', "c": {cut off')
+    assert len(load_manifest({**source, "max_rows": 2})) == 2
+    with pytest.raises(UserError, match=r"train_data: path: .* is not readable JSON \(.+\)"):
+        load_manifest(source)
+    for text in ("[1]", "", "\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="must be a JSON object that maps names to records"):
+            load_manifest(source)
+    path.unlink()
+    with pytest.raises(UserError, match="does not exist"):
+        load_manifest(source)
+
+
+def test_parts_without_clips_that_are_used_are_not_read(cross, tmp_path, monkeypatch):
+    (tmp_path / "dataset7.json").write_text("no JSON at all")
+    opened = []
+    read = opens2v_cross.read_records
+    monkeypatch.setattr(opens2v_cross, "read_records", lambda path: opened.append(path.stem) or read(path))
+    assert load_manifest(cross)
+    assert sorted(opened) == ["cluster_videos", "cross_pairs", "dataset1", "dataset1_cluster"]
 
 
 def test_a_candidates_scores_may_be_whole_numbers():

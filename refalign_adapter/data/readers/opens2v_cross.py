@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,24 +46,22 @@ class CrossReader(Reader):
 
     def read(self, source: Source, *, max_references: int | None = None) -> Reading:
         pairs, clusters, *parts = self.tables(source)
-        videos = clip_folder(source, pairs.parent)
-        clips = _Clips({path.stem: path for path in parts}, videos)
-        members = {name: set(keys) for name, keys in read_records(clusters).items()}
+        members = {name: set(keys) for name, keys in read_records(clusters)}
         reading, found = Reading(), _Pairs(source.options)
-        for cluster, listed in read_records(pairs).items():
+        for cluster, listed in read_records(pairs):
             for pair in listed if isinstance(listed, list) else []:
                 found.add(pair, members.get(cluster, set()))
         reading.left_out += found.left_out
         most = min(source.options["max_subjects"], max_references or source.options["max_subjects"])
-        for number, (key, subjects) in enumerate(found.by_clip.items(), 1):
+        used = dict(islice(found.by_clip.items(), source.max_rows))
+        clips = _Clips(parts, clip_folder(source, pairs.parent), used)
+        for number, (key, subjects) in enumerate(used.items(), 1):
             try:
                 row = _row(clips, key, subjects, {**source.options, "max_subjects": most})
             except Unusable as error:
                 reading.left_out[f"clips {error}"] += 1
             else:
                 reading.add(replace(row, line=number), ())
-            if number == source.max_rows:
-                break
         return reading
 
 
@@ -122,20 +120,34 @@ class _Pairs:
 
 
 class _Clips:
-    """Clips by `part/key`, each part read once."""
+    """Clips by `part/key`: of all parts, those that are used and their counterparts; each part is read once."""
 
-    def __init__(self, parts: dict[str, Path], videos: Path):
-        self.parts, self.videos = parts, videos
-        self._records = cache(read_records)
+    def __init__(self, parts: list[Path], videos: Path, used: dict[str, dict[str, list[_Match]]]):
+        self.parts = {path.stem for path in parts}
+        self.found: dict[str, Clip | Unusable] = {}
+        counterparts = (match.clip for subjects in used.values() for matches in subjects.values() for match in matches)
+        wanted = {*used, *counterparts}
+        named = {key.partition("/")[0] for key in wanted}
+        for path in parts:
+            if path.stem in named:
+                self._read(path, wanted, videos)
+
+    def _read(self, path: Path, wanted: set[str], videos: Path) -> None:
+        for name, record in read_records(path):
+            if (key := f"{path.stem}/{name}") in wanted:
+                try:
+                    self.found[key] = read_clip(record, [videos / path.stem, videos])
+                except Unusable as error:
+                    self.found[key] = error
 
     def __call__(self, key: str) -> Clip:
-        part, _, name = key.partition("/")
-        if part not in self.parts:
-            raise Unusable(f"are in a part that is not here ({part})")
-        record = self._records(self.parts[part]).get(name)
-        if record is None:
-            raise Unusable("are not in their part")
-        return read_clip(record, [self.videos / part, self.videos])
+        found, part = self.found.get(key), key.partition("/")[0]
+        if found is None:
+            missing = "are not in their part" if part in self.parts else f"are in a part that is not here ({part})"
+            raise Unusable(missing)
+        if isinstance(found, Unusable):
+            raise found
+        return found
 
 
 def _row(clips: _Clips, key: str, matches: dict[str, list[_Match]], options: dict[str, Any]) -> Row:

@@ -47,7 +47,7 @@ class RegularReader(Reader):
 
     def _records(self, source: Source) -> Iterator[tuple[Path, Any]]:
         for part in self.tables(source):
-            yield from ((part, record) for record in read_records(part).values())
+            yield from ((part, record) for _, record in read_records(part))
 
 
 READER = RegularReader()
