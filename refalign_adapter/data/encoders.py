@@ -96,7 +96,7 @@ def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> 
             name,
             revision=options.revision,
             variant=options.variant,
-            torch_dtype={"vae": torch.float32, "default": text_dtype},
+            dtype={"vae": torch.float32, "default": text_dtype},
         )
     except UserError:
         raise

@@ -14,9 +14,14 @@ from abc import ABC, abstractmethod
 from importlib import import_module
 from typing import Any
 
+from diffusers import __version__ as diffusers_version
+from packaging.version import Version
 from torch import Tensor, nn
 
 from ..errors import UserError
+
+RENAMED_DTYPE = Version("0.42")
+"""diffusers that takes `dtype` and warns of `torch_dtype`; older ones pass over `dtype` without a word."""
 
 
 class Family(ABC):
@@ -103,15 +108,18 @@ class Family(ABC):
 
     @abstractmethod
     def load_transformer(self, name: str, **options: Any) -> nn.Module:
-        """Load the transformer alone from a diffusers folder or Hub id; `options` as in `from_pretrained`."""
+        """Load the transformer alone from a diffusers folder or Hub id; `options` as in `from_pretrained`.
+
+        What older versions of diffusers call `torch_dtype` is `dtype`, see `loading_options`.
+        """
 
     @abstractmethod
     def load_encoders(self, name: str, **options: Any) -> Any:
-        """Load the pipeline without its transformer: VAE, text encoder, tokenizer, scheduler."""
+        """Load the pipeline without its transformer: VAE, text encoder, tokenizer, scheduler; `options` likewise."""
 
     @abstractmethod
     def load_pipeline(self, name: str, **options: Any) -> Any:
-        """Load the whole text-to-video pipeline."""
+        """Load the whole text-to-video pipeline; `options` likewise."""
 
     @abstractmethod
     def size_multiples(self, pipe: Any, patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -132,6 +140,13 @@ class Family(ABC):
     @abstractmethod
     def flow_shift(self, scheduler: Any) -> float:
         """The timestep shift the model's scheduler is configured with."""
+
+
+def loading_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options for `from_pretrained` with `dtype` under the name that the installed diffusers has for it."""
+    if "dtype" not in options or Version(diffusers_version) >= RENAMED_DTYPE:
+        return options
+    return {"torch_dtype" if name == "dtype" else name: value for name, value in options.items()}
 
 
 def known_families() -> dict[str, Family]:

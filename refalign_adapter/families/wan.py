@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flow import TIMESTEPS
-from .base import Family
+from .base import Family, loading_options
 
 EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
@@ -106,6 +106,7 @@ class WanFamily(Family):
     def load_transformer(self, name: str, **options: Any) -> nn.Module:
         from diffusers import WanTransformer3DModel
 
+        options = loading_options(options)
         return WanTransformer3DModel.from_pretrained(name, subfolder="transformer", use_safetensors=True, **options)
 
     def load_encoders(self, name: str, **options: Any) -> Any:
@@ -114,7 +115,7 @@ class WanFamily(Family):
     def load_pipeline(self, name: str, **options: Any) -> Any:
         from diffusers import WanPipeline
 
-        return WanPipeline.from_pretrained(name, use_safetensors=True, **options)
+        return WanPipeline.from_pretrained(name, use_safetensors=True, **loading_options(options))
 
     def size_multiples(self, pipe: Any, patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
         space = pipe.vae.config.scale_factor_spatial

@@ -154,7 +154,7 @@ def load_pipeline(options: GenerateOptions, device: torch.device | None = None) 
     dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     try:
         base = family.load_pipeline(
-            options.base, revision=options.revision, torch_dtype={"default": dtype, "vae": torch.float32}
+            options.base, revision=options.revision, dtype={"default": dtype, "vae": torch.float32}
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"base: cannot load {options.base!r} ({_reason(error)})") from None

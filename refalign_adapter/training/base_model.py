@@ -43,7 +43,7 @@ def load_transformer(recipe: Recipe, family: Family, dtype: torch.dtype) -> Any:
     Raises:
         UserError: weights that cannot be read, or that cannot be quantised here.
     """
-    options: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant, "torch_dtype": dtype}
+    options: dict[str, Any] = {"revision": recipe.revision, "variant": recipe.variant, "dtype": dtype}
     if recipe.quantization is not None:
         check_machine(recipe.quantization)
         options["quantization_config"] = quantization_config(recipe.quantization, dtype)

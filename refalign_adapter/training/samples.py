@@ -96,7 +96,7 @@ def _load_encoders(recipe: Recipe, family: Family, bf16: bool) -> Any:
         recipe.pretrained_model_name_or_path,
         revision=recipe.revision,
         variant=recipe.variant,
-        torch_dtype={"vae": torch.float32, "default": text_dtype},
+        dtype={"vae": torch.float32, "default": text_dtype},
     )
 
 

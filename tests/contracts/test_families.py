@@ -1,13 +1,14 @@
 """Every DiT family through one case table. A new family adds its tiny pipeline here and nothing else."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from tiny_models import save_tiny_pipeline, tiny_pipeline
 
 import refalign_adapter as ra
-from refalign_adapter.families.base import known_families, load_family
+from refalign_adapter.families.base import known_families, load_family, loading_options
 
 PIPELINES = {"wan": tiny_pipeline}
 FAMILIES = known_families()
@@ -163,6 +164,24 @@ def test_it_loads_from_a_local_folder(case, tmp_path):
     assert encoders.transformer is None
     assert family.flow_shift(encoders.scheduler) == 3.0
     assert family.load_pipeline(str(folder)).transformer is not None
+
+
+def test_it_loads_in_the_type_that_is_asked_for_without_a_warning(case, tmp_path):
+    family, _ = case
+    folder = str(save_tiny_pipeline(tmp_path / "base"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        transformer = family.load_transformer(folder, dtype=torch.bfloat16)
+        pipe = family.load_encoders(folder, dtype={"vae": torch.float32, "default": torch.bfloat16})
+    assert transformer.dtype == torch.bfloat16
+    assert (pipe.vae.dtype, pipe.text_encoder.dtype) == (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("version", "name"), [("0.41.9", "torch_dtype"), ("0.42.0", "dtype"), ("1.0.0", "dtype")])
+def test_the_type_has_the_name_that_the_installed_diffusers_has_for_it(monkeypatch, version, name):
+    monkeypatch.setattr("refalign_adapter.families.base.diffusers_version", version)
+    assert loading_options({"dtype": torch.bfloat16, "variant": None}) == {name: torch.bfloat16, "variant": None}
+    assert loading_options({"variant": "fp16"}) == {"variant": "fp16"}
 
 
 @pytest.mark.parametrize("name", ["cogvideo", "no.such.module:FAMILY", "refalign_adapter.families.wan:NOTHING"])
