@@ -8,6 +8,8 @@ import tiny_data
 
 from refalign_adapter.data.manifest import load_manifest
 from refalign_adapter.data.pictures import open_picture
+from refalign_adapter.data.readers import phantom
+from refalign_adapter.data.tables import read_table
 from refalign_adapter.errors import UserError
 
 BOX = [96.0, 48.0, 480.0, 384.0]
@@ -107,3 +109,19 @@ def test_rows_that_cannot_be_used_are_counted(write, tmp_path):
     (tmp_path / "videos/a.mp4").unlink()
     with pytest.raises(UserError, match="1 have no video here"):
         load_manifest(source)
+
+
+def test_clips_that_are_unknown_are_told_from_clips_that_are_not_here(write, tmp_path, monkeypatch):
+    source = write({"a woman": pair(item())})
+    clips = tmp_path / "videos/koala.parquet"
+    read = []
+    monkeypatch.setattr(phantom, "read_table", lambda path, *most: read.append(path.name) or read_table(path, *most))
+    datasets.Dataset.from_list([{"vid": "a"}, {"vid": "b"}]).to_parquet(clips)
+    assert load_manifest({**source, "clips": str(clips)})
+    assert read == ["merged_filtered.parquet"]  # nobody is missing: that table is not needed
+    (tmp_path / "videos/a.mp4").unlink()
+    with pytest.raises(UserError, match="1 have no video here"):
+        load_manifest({**source, "clips": str(clips)})
+    datasets.Dataset.from_list([{"vid": "b"}]).to_parquet(clips)
+    with pytest.raises(UserError, match="1 are not in the table of clips"):
+        load_manifest({**source, "clips": str(clips)})

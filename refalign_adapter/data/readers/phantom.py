@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,8 +51,8 @@ class PhantomReader(Reader):
 
     def read(self, source: Source, *, max_references: int | None = None) -> Reading:
         pairs, *clips = self.tables(source)
-        known = {str(row.get("vid")) for table in clips for _, row in read_table(table)}
         folder, reading = clip_folder(source, pairs.parent), Reading()
+        absent: list[str] = []
         most = min(source.options["max_subjects"], max_references or source.options["max_subjects"])
         for number, record in read_table(pairs, source.max_rows):
             target = _target(record, pairs)
@@ -61,16 +62,26 @@ class PhantomReader(Reader):
             if not isinstance(caption, str) or not caption.strip():
                 reading.left_out["have no caption"] += 1
             elif clip is None:
-                unknown = bool(known) and target not in known
-                reading.left_out["are not in the table of clips" if unknown else "have no video here"] += 1
+                absent.append(target)
             elif not references:
                 reading.left_out["have no reference in a clip that is here"] += 1
             else:
                 reading.add(Row(target, clip, caption.strip(), tuple(references), "cross", number), ())
+        reading.left_out += _why_absent(absent, clips)
         return reading
 
 
 READER = PhantomReader()
+
+
+def _why_absent(absent: list[str], clips: list[Path]) -> Counter[str]:
+    """Why -> how many of these clips. Their table has millions of rows and is only read when there is someone to tell
+    of."""
+    wanted = set(absent)
+    tables = clips if wanted else []
+    listed = {vid for table in tables for _, row in read_table(table) if (vid := str(row.get("vid"))) in wanted}
+    known = listed if clips else wanted
+    return Counter("have no video here" if name in known else "are not in the table of clips" for name in absent)
 
 
 def _target(record: Mapping[str, Any], table: Path) -> str:
