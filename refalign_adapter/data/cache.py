@@ -26,9 +26,10 @@ from .encode import PreparedRow, RowEncoder, RowPreparer, plans_of
 from .encoders import Encoders, load_encoders
 from .index import FORMAT, META_NAME, IndexEntry, write_index
 from .lock import filling
-from .manifest import Row, load_manifest, manifest_path
+from .manifest import Row, load_manifest, manifest_path, sources_digest
 from .options import CacheOptions
-from .parts import PARTS, PartStore, file_digest
+from .parts import PARTS, PartStore
+from .prefetch import read_ahead
 
 Progress = Callable[[int, int], None]
 
@@ -167,7 +168,7 @@ def _build(
         report.reused += item[3]
         report.seconds_of.update(item[4])
     if state.is_main_process:
-        _write(options, encoder, splits, empty_text)
+        _write(options, encoder, splits, empty_text, digests)
         files = {file for found in splits.values() for entry in found for file in entry.parts.files()}
         report.bytes_of = _sizes(files, encoder.store)
     state.wait_for_everyone()
@@ -201,15 +202,18 @@ def _encode_all(
                 problem = str(error)
         if problem is not None:
             manifest = encoder.options.manifests.get(split, split)
-            problems.append(f"{manifest_path(manifest)} line {row.line}: {problem}")
+            problems.append(f"{manifest_path(manifest, row.source)} line {row.line}: {problem}")
         if progress:
             progress(done, len(work))
     return entries, problems
 
 
 def _prepare(work: list[tuple[str, Row]], encoder: RowEncoder, digests: FileDigests) -> Iterator[PreparedRow]:
-    preparer = RowPreparer([row for _, row in work], encoder.plans, encoder.store, digests)
-    yield from DataLoader(preparer, batch_size=None, num_workers=encoder.options.num_workers, collate_fn=_as_it_is)
+    preparer, workers = RowPreparer(encoder.plans, encoder.store, digests), encoder.options.num_workers
+    # Workers are sent each row as they come to it: from a list they would in time copy all of it, each for itself.
+    rows: Any = [row for _, row in work]
+    loader = DataLoader(preparer, batch_size=None, sampler=rows, num_workers=workers, collate_fn=_as_it_is)
+    return iter(loader) if workers else read_ahead(iter(loader))
 
 
 def _as_it_is(prepared: Any) -> Any:
@@ -227,13 +231,19 @@ def _in_order(every: list, split: str) -> list[IndexEntry]:
     return list(unique.values())
 
 
-def _write(options: CacheOptions, encoder: RowEncoder, splits: dict[str, list[IndexEntry]], empty_text: str) -> None:
+def _write(
+    options: CacheOptions,
+    encoder: RowEncoder,
+    splits: dict[str, list[IndexEntry]],
+    empty_text: str,
+    digests: FileDigests,
+) -> None:
     for split, entries in splits.items():
         write_index(options.cache_dir, split, entries)
     meta = {
         "format": FORMAT,
         "options": options.compared(),
-        "manifests": {split: file_digest(manifest_path(path)) for split, path in options.manifests.items()},
+        "manifests": {split: sources_digest(value, digests) for split, value in options.manifests.items()},
         "teachers": {name: teacher.dim for name, teacher in encoder.encoders.teachers.items()},
         "empty_text": empty_text,
         "provenance": asdict(encoder.facts),

@@ -18,10 +18,11 @@ from torch.utils.data import Dataset
 
 from ..batch import Batch, CachedSample
 from ..errors import UserError
+from .digests import FileDigests
 from .index import REMEDY, read_index, read_meta
-from .manifest import manifest_path, missing_paths
+from .manifest import missing_paths, sources_digest
 from .options import CacheOptions
-from .parts import PartStore, file_digest
+from .parts import PartStore
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,21 @@ def open_cache(options: CacheOptions, rows: Sequence[str] | None = None, *, spli
     if differing:
         listed = ", ".join(f"{name} {made.get(name)} instead of {wanted[name]}" for name in differing)
         raise UserError(f"cache_dir: the cache in {options.cache_dir!r} was made with {listed}; {REMEDY}")
-    value = options.manifests.get(split)
-    path = manifest_path(value) if value and not missing_paths(value) else None
-    if path and path.is_file() and file_digest(path) != meta["manifests"].get(split):
-        raise UserError(f"cache_dir: {str(path)!r} has changed since the cache was made from it; {REMEDY}")
+    digest = _digest_of(options, split)
+    if digest is not None and digest != meta["manifests"].get(split):
+        raise UserError(f"{split}_data: it has changed since the cache in {options.cache_dir!r} was made; {REMEDY}")
     return CachedDataset(options.cache_dir, rows, split=split, teachers=options.teachers)
+
+
+def _digest_of(options: CacheOptions, split: str) -> str | None:
+    """What the split's sources are now; None where they are not given or not here."""
+    value = options.manifests.get(split)
+    if not value or missing_paths(value):
+        return None
+    try:
+        return sources_digest(value, FileDigests(options.cache_dir))
+    except UserError:
+        return None
 
 
 def collate(samples: Sequence[CachedSample], *, variants: Sequence[int] | None = None) -> Batch:

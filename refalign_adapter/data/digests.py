@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UserError
@@ -57,7 +58,7 @@ class FileDigests:
 
     def _remember(self, name: str, stamp: Stamp, digest: str) -> None:
         self.known[name] = stamp, digest
-        with self.path.open("ab", buffering=0) as file:
+        with suppress(OSError), self.path.open("ab", buffering=0) as file:  # a cache may be read where it is read-only
             file.write(_line(name, stamp, digest))
 
     def tidy(self) -> None:

@@ -156,23 +156,18 @@ def text_key(caption: str, facts: Facts) -> str:
 
 
 class RowPreparer(Dataset[PreparedRow]):
-    """Reads what the encoders need of each row; made to run in a DataLoader's worker processes.
+    """Reads what the encoders need of a row, its index; made to run in a DataLoader's worker processes.
 
     Args:
-        rows: what to read.
         plans: how, by size.
         store: where finished parts are; what is there is not decoded again.
         digest: hashes a file.
     """
 
-    def __init__(self, rows: list[Row], plans: Plans, store: PartStore, digest: Digest = file_digest):
-        self.rows, self.plans, self.store, self.digest = rows, plans, store, digest
+    def __init__(self, plans: Plans, store: PartStore, digest: Digest = file_digest):
+        self.plans, self.store, self.digest = plans, store, digest
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> PreparedRow:
-        row = self.rows[index]
+    def __getitem__(self, row: Row) -> PreparedRow:
         try:
             return self._prepared(row, list(self.plans))
         except UserError as error:

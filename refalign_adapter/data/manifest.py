@@ -8,7 +8,7 @@ train_data: [{path: regular, ratio: 6}, {path: cross, ratio: 4}]
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -107,26 +107,34 @@ def _reader(source: Source) -> Reader:
     return known_readers()[source.format]
 
 
-def manifest_path(value: SourcesValue | Path) -> Path:
-    """The table that stands for sources in messages: the first one's main table.
+def manifest_path(value: SourcesValue | Path, number: int = 0) -> Path:
+    """The table that stands for a source in messages: its main one.
+
+    Args:
+        value: a source or a list of them.
+        number: which of them, counted from 0.
 
     Raises:
         UserError: there is none.
     """
-    source = sources_of(value)[0]
+    source = sources_of(value)[number]
     return _reader(source).tables(source)[0]
 
 
-def sources_digest(value: SourcesValue | Path) -> str:
+def sources_digest(value: SourcesValue | Path, digest: Callable[[str | Path], str] = file_digest) -> str:
     """A hash of everything that decides which rows the sources give; their ratios do not.
+
+    Args:
+        value: a source or a list of them.
+        digest: hashes a file.
 
     Raises:
         UserError: a table that cannot be read.
     """
     sources = sources_of(value)
     if [replace(source, ratio=None, videos=None) for source in sources] == [Source(sources[0].path)]:
-        return file_digest(manifest_path(value))  # as it was before there were other formats
-    tables = [[file_digest(path) for path in _reader(source).tables(source)] for source in sources]
+        return digest(manifest_path(value))  # as it was before there were other formats
+    tables = [[digest(path) for path in _reader(source).tables(source)] for source in sources]
     return hash_of([[_settings(source), files] for source, files in zip(sources, tables, strict=True)])
 
 

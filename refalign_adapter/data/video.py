@@ -15,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 from av.container import InputContainer
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import UserError
@@ -65,9 +66,10 @@ def read_video(
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
         decoded = islice(container.decode(stream), *(segment or (0, None)))
+        colours = VideoReformatter()
         for frame in _sample(decoded, num_frames, fps, rate):
             if frame is not previous:
-                image, aspect = _upright(frame, pixel_aspect)
+                image, aspect = _upright(frame, pixel_aspect, colours)
                 array = np.asarray(cover(_cropped(image, crop, path), height, width, aspect))
             frames.append(frames[-1] if frame is previous else array)
             previous = frame
@@ -174,9 +176,14 @@ def _timed(frames: Iterable[av.VideoFrame], rate: float) -> Iterator[tuple[float
     yield time + (1 / rate if rate else 0), None
 
 
-def _upright(frame: av.VideoFrame, pixel_aspect: float) -> tuple[Image.Image, float]:
-    """The frame as it is shown, and its pixels' width over their height."""
-    array = frame.to_ndarray(format="rgb24")
+def _upright(
+    frame: av.VideoFrame, pixel_aspect: float, colours: VideoReformatter | None = None
+) -> tuple[Image.Image, float]:
+    """The frame as it is shown, and its pixels' width over their height.
+
+    `colours` is one for all frames of a video: a frame that makes its own spends most of its time on that.
+    """
+    array = (colours or VideoReformatter()).reformat(frame, format="rgb24").to_ndarray()
     if frame.rotation:
         array = np.rot90(array, frame.rotation // 90)
         pixel_aspect = 1 / pixel_aspect if frame.rotation % 180 else pixel_aspect

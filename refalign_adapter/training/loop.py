@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import set_seed
 
 from ..batch import Batch
+from ..data.prefetch import read_ahead
 from ..errors import UserError
 from ..files import atomic_folder, require_writable_folder
 from .checkpoint import (
@@ -30,7 +31,6 @@ from .checkpoint import (
 from .config import Recipe
 from .interrupt import Interrupted, SignalWatch
 from .optimizers import build_scheduler
-from .prefetch import read_ahead
 from .recipe_file import changes, flat_values, save_recipe
 from .samples import Sampler
 from .setup import Run, build_accelerator, build_run, step_seed

@@ -297,9 +297,9 @@ from refalign_adapter.data.options import CacheOptions
 import json, time
 
 prepare = encode.RowPreparer.__getitem__
-def slowly(self, index):
+def slowly(self, row):
     time.sleep(0.2)
-    return prepare(self, index)
+    return prepare(self, row)
 encode.RowPreparer.__getitem__ = slowly
 cache_dataset(CacheOptions(**json.loads(sys.argv[1])))
 """

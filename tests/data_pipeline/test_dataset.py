@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_data
 import torch
 
 from refalign_adapter.batch import CachedSample
@@ -86,9 +87,26 @@ def test_a_cache_that_does_not_fit_is_one_line_that_says_what_to_run(cached, cha
 def test_a_manifest_that_changed_since_is_told(cached, tmp_path):
     options, _ = cached
     (tmp_path / "metadata.jsonl").write_text(Path(options.train_data).read_text() + "\n")
-    with pytest.raises(UserError, match="has changed since the cache was made from it; run `refalign cache"):
+    with pytest.raises(UserError, match="train_data: it has changed since the cache in .* was made; run `refalign"):
         open_cache(replace(options, train_data=str(tmp_path)))
     assert len(open_cache(replace(options, train_data=None))) == 4
+
+
+def test_a_change_of_any_source_is_told_and_one_of_their_mixture_is_none(options, encoders, build_options, tmp_path):
+    other = tiny_data.write_data(tmp_path / "other", 2, frames=10)
+    sources = [{"path": options.train_data, "ratio": 1}, {"path": str(other), "max_rows": 2, "ratio": 1}]
+    mixed = replace(options, train_data=sources, cache_dir=str(tmp_path / "cache"))
+    build_options(mixed, encoders)
+    assert open_cache(mixed).sources == [0, 1, 0, 1, 0, 0]
+    assert open_cache(replace(mixed, train_data=[{**source, "ratio": 7} for source in sources])).meta
+    for changed in ([*sources[:1]], [sources[0], {**sources[1], "max_rows": 1}]):
+        with pytest.raises(UserError, match="train_data: it has changed since"):
+            open_cache(replace(mixed, train_data=changed))
+    other.write_text(other.read_text() + "\n")
+    with pytest.raises(UserError, match="train_data: it has changed since"):
+        open_cache(mixed)
+    (tmp_path / "other").rename(tmp_path / "moved")  # what is not here cannot be compared
+    assert len(open_cache(mixed)) == 6
 
 
 def test_a_damaged_cache_is_one_line(cached, tmp_path):

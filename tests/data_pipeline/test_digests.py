@@ -125,7 +125,7 @@ def test_a_second_run_reads_no_file_and_notices_the_one_that_changed(
     places = {"cache_dir": str(tmp_path / "cache"), "train_data": str(tmp_path / "data/metadata.jsonl")}
     options = replace(cached[0], **places, num_workers=workers)
     build_options(options, encoders)
-    names = [path.name for path in (tmp_path / "data").rglob("*.*") if path.suffix in (".mp4", ".png")]
+    names = [path.name for path in (tmp_path / "data").rglob("*.*") if path.suffix in (".mp4", ".png", ".jsonl")]
     noted = FileDigests(options.cache_dir).known
     assert sorted(Path(name).name for name in noted) == sorted(names)
     hashed.clear()

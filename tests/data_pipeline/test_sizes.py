@@ -171,13 +171,13 @@ def test_a_clip_whose_header_promises_more_goes_to_a_shorter_size(mixed, encoder
     rows = load_manifest(options.train_data)
     lying = VideoFacts(64, 96, 100, 8.0)
     monkeypatch.setattr("refalign_adapter.data.encode.probe_video", lambda *_, **__: lying)
-    preparer = RowPreparer(rows, plans_of(options, encoders), PartStore(Path(options.cache_dir) / "none"))
-    assert preparer[2].size == SIZES[2]
-    assert preparer[2].frames.shape == (5, 32, 48, 3)
-    assert preparer[0].size == SIZES[0]
+    preparer = RowPreparer(plans_of(options, encoders), PartStore(Path(options.cache_dir) / "none"))
+    assert preparer[rows[2]].size == SIZES[2]
+    assert preparer[rows[2]].frames.shape == (5, 32, 48, 3)
+    assert preparer[rows[0]].size == SIZES[0]
     long = replace(options, buckets=(Size(13, 32, 48), Size(17, 32, 48)))
-    preparer = RowPreparer(rows, plans_of(long, encoders), PartStore(Path(options.cache_dir) / "none"))
-    assert "is too short: 6 frames at 8 frames a second, 13 are needed" in preparer[2].problem
+    preparer = RowPreparer(plans_of(long, encoders), PartStore(Path(options.cache_dir) / "none"))
+    assert "is too short: 6 frames at 8 frames a second, 13 are needed" in preparer[rows[2]].problem
 
 
 def test_every_size_must_fit_the_base(options, encoders):

@@ -67,8 +67,8 @@ def encoded_on_the_fly(options, monkeypatch):
     encoders, rows, store = load_encoders(exact), load_manifest(options.train_data), Keeping()
     plans = plans_of(exact, encoders)
     encoder = RowEncoder(exact, encoders, plans, store)
-    preparer = RowPreparer(rows, plans, store)
-    entries = [encoder.encode(row, preparer[index]) for index, row in enumerate(rows)]
+    preparer = RowPreparer(plans, store)
+    entries = [encoder.encode(row, preparer[row]) for row in rows]
     store.read = lambda part, key: store.parts[part, key]
     dataset = open_cache(options)
     monkeypatch.setattr(dataset, "store", store)
