@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="Training recipes that come with the package.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+data_app = typer.Typer(help="Look after training data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Recipe fields to change: key=value, dotted for sections.")
@@ -99,6 +101,29 @@ def recipes_copy(
     print(copy_recipe(name, output))
 
 
+@data_app.command("check")
+def data_check(
+    config: Annotated[Path, typer.Option(help="The recipe (YAML); of it, the data section counts.")],
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Folder of the report; an older report is replaced.")] = Path(
+        "data_check"
+    ),
+    sheets: Annotated[int, typer.Option(help="Rows on the contact sheets, those with problems first; 0: none.")] = 120,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode; data.num_workers if not given.")] = None,
+) -> None:
+    """Find every problem of a data set before it is encoded, and show its rows as training will see them.
+
+    Exits with 2 when there are problems. Neither the base model nor a GPU is needed.
+    """
+    from .data_check import run
+
+    try:
+        run(config, overrides or [], output=output, sheets=sheets, workers=workers)
+    except KeyboardInterrupt:
+        print("interrupted; no report was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 @app.command()
 def cache(
     config: Annotated[Path, typer.Option(help="The recipe (YAML).")],
@@ -169,6 +194,47 @@ def generate(
         generate_many(options, prompts, output, report=print)
     else:
         print(generate_one(options, prompt or "", reference or [], output))
+
+
+@app.command()
+def estimate(
+    config: Annotated[Path, typer.Option(help="The recipe (YAML).")],
+    overrides: Overrides = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(help="GB (1e9 bytes) of one GPU, to tell whether training fits; that of the GPU here."),
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="Of the run, one per GPU; as many as GPUs here.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Of the data; counted where its tables are here.")] = None,
+    step_time: Annotated[float | None, typer.Option(help="Seconds of one optimizer step, for the hours.")] = None,
+    measure: Annotated[
+        int | None, typer.Option(help="Run so many optimizer steps here with random batches, for the same.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
+) -> None:
+    """Tell what training will need: GPU memory, disk, host memory, hours. Exits with 1 if it does not fit.
+
+    A step is simulated, without weights, data or a GPU. Where it does not fit, changes of the recipe are tried.
+    """
+    import json as json_module
+
+    from rich.console import Console
+
+    from .estimate.estimate import make_estimate
+    from .estimate.report import show, to_json
+    from .estimate.setting import Asked
+    from .training.recipe_file import load_recipe
+
+    asked = Asked(processes, None if gpu_memory is None else gpu_memory * 1e9, rows, step_time, measure)
+    recipe = load_recipe(config, overrides or [])
+    with Console(stderr=True).status("") as status:
+        found = make_estimate(recipe, asked, status.update)
+    if json:
+        print(json_module.dumps(to_json(found), indent=2))
+    else:
+        show(found, Console())
+    if found.fits is False:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -24,6 +24,7 @@ LAYERS = [
     {"branch", "data"},
     {"pipelines"},
     {"training"},
+    {"estimate"},
     {"analysis", "world"},
 ]
 """Lowest first; a module imports from its own layer and those below. What is not named is a command: on top of all."""

@@ -72,7 +72,8 @@ class JointAttention(ReferenceAttention):
     def captured(self, current: Pass, output: Any) -> Any:
         if current.references is None:
             return None
-        return output[:, -current.tokens :].unflatten(1, (current.references.count, -1))
+        tokens = output[:, -current.tokens :].clone()  # a view would keep the video's tokens, offloaded or not
+        return tokens.unflatten(1, (current.references.count, -1))
 
     def _mask_padding(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         current = self.state.current

@@ -70,7 +70,8 @@ class KeyValueProcessor(_InFront):
             return self.original(attention, *args, **kwargs)
         query, key, value = self.family.attention_inputs(attention, *args, **kwargs)
         if self.mode == WRITE:
-            self.keys, self.values = key, value
+            # Autocast norms keys in float32, and casts them to the values' type again when they are attended to.
+            self.keys, self.values = key.to(value.dtype), value
             if self.ends:
                 return torch.zeros_like(args[0])
         elif self.keys is not None and self.values is not None:
@@ -94,6 +95,11 @@ class SkippedProcessor(_InFront):
 
 def _append(tokens: Tensor, references: Tensor) -> Tensor:
     """(B, tokens + T, heads, head_dim), each head's in one piece: the layout in which attention is fastest."""
+    if references.requires_grad:
+        # Their gradient waits for the references' own backward, the last of all. As a view, which joining makes it, it
+        # would keep the gradient of all tokens, twice in every block.
+        references = references.view_as(references)
+        references.register_hook(torch.clone)
     return torch.cat([tokens.transpose(1, 2), references.to(tokens).transpose(1, 2)], 2).transpose(1, 2)
 
 

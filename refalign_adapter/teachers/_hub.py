@@ -2,7 +2,7 @@
 
 import hashlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ def encoder_files() -> list[str]:
     return sorted(name for name in found if name != "base" and not name.startswith("_"))
 
 
-def local_folder(name: str, revision: str | None = None) -> Path:
+def local_folder(name: str, revision: str | None = None, files: Sequence[str] = FILES) -> Path:
     """The folder with an encoder's files: `name` itself, or the Hub's snapshot of it, whose folder name is the commit.
+
+    Of a snapshot, `files` (patterns) are fetched.
 
     Raises:
         UserError: no such folder or repository, no such revision, refused, or neither reachable nor cached.
@@ -42,7 +44,7 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         raise UserError(f"teacher: {_hub_problem(name, revision, error)}") from error
 

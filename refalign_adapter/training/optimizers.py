@@ -87,11 +87,18 @@ def build_optimizer(
         "weight_decay": recipe.adam_weight_decay,
         "min_8bit_size": recipe.min_8bit_size,
     }
-    taken = inspect.signature(cls.__init__).parameters
+    defaults = {name: item.default for name, item in inspect.signature(cls.__init__).parameters.items()}
+    taken = {name: value for name, value in wanted.items() if name in defaults and _alike(defaults[name], value)}
     try:
-        return cls(groups, lr=recipe.learning_rate, **{key: value for key, value in wanted.items() if key in taken})  # type: ignore[call-arg]
+        return cls(groups, lr=recipe.learning_rate, **taken)  # type: ignore[call-arg]
     except (TypeError, ValueError) as error:
         raise UserError(f"optimizer: {recipe.optimizer!r} cannot be made ({error})") from None
+
+
+def _alike(default: Any, value: Any) -> bool:
+    """Whether a value is of its argument's kind: Adafactor's eps is a pair, AdEMAMix's betas are three."""
+    numbers, given = (item if isinstance(item, tuple) else (item,) for item in (default, value))
+    return len(numbers) == len(given)
 
 
 def build_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, step: int = 0) -> LambdaLR:

@@ -23,6 +23,7 @@ from .base_model import load_transformer, read_base
 from .checkpoint import Progress, Trained, load_initial_weights
 from .config import Recipe
 from .datasource import TrainingData, open_data
+from .offload import offloaded_checkpoint
 from .optimizers import build_optimizer, build_scheduler
 from .step import StepOptions, TrainingStep
 from .tracking import say
@@ -110,14 +111,20 @@ def _precision(recipe: Recipe) -> str:
     return wanted
 
 
-def build_run(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> Run:
+def build_run(recipe: Recipe, accelerator: Accelerator, output_dir: Path, data: TrainingData | None = None) -> Run:
     """Load the base, attach the adapter, open the data, and have accelerate wrap what is trained.
+
+    Args:
+        recipe: what the run is told.
+        accelerator: see `build_accelerator`.
+        output_dir: its folder.
+        data: what to train on; None opens the recipe's cache.
 
     Raises:
         UserError: a base, cache or adapter that does not exist or does not fit.
     """
     family, shift = read_base(recipe)
-    data = open_data(recipe, accelerator)
+    data = data or open_data(recipe, accelerator)
     branch = _build_branch(recipe, family, accelerator)
     projectors = _build_projectors(recipe, branch, data)
     if recipe.init_adapter:
@@ -156,7 +163,7 @@ def _build_branch(recipe: Recipe, family: Family, accelerator: Accelerator) -> R
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     transformer = load_transformer(recipe, family, dtype)
     if recipe.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing(offloaded_checkpoint if recipe.offload_activations else None)
     return attach(transformer, recipe.adapter_config(), seed=recipe.seed)
 
 

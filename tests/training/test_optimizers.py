@@ -47,6 +47,17 @@ def test_groups_have_their_own_rates_and_the_recipes_numbers(make_recipe):
     assert len(build_optimizer(recipe, parts()[0], ()).param_groups) == 1
 
 
+@pytest.mark.parametrize("name", ["adafactor", "ademamix", "rprop", "muon", "lion8bit"])
+def test_arguments_that_mean_something_else_keep_their_defaults(make_recipe, name):
+    lora, heads = parts()
+    optimizer = build_optimizer(make_recipe(f"optimizer={name}", "adam_epsilon=1e-7"), lora, heads)
+    lora[0].grad = torch.ones_like(lora[0])
+    optimizer.step()
+    assert not torch.equal(lora[0], torch.ones_like(lora[0]))
+    expected = {"adafactor": (None, 1e-3), "muon": 1e-7, "ademamix": 1e-7}
+    assert optimizer.param_groups[0].get("eps") == expected.get(name, optimizer.param_groups[0].get("eps"))
+
+
 def test_min_8bit_size_decides_which_state_is_8_bit(make_recipe):
     kinds = {}
     for size in (16, 4096):

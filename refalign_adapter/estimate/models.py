@@ -1,0 +1,131 @@
+"""The models of a recipe on torch's "meta" device, from their configs alone: shapes and types, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from ..data.encoders import Encoders
+from ..data.options import DTYPES, CacheOptions
+from ..errors import UserError
+from ..families.base import Family, load_family
+from ..teachers._hub import local_folder, read_config, read_processor
+from ..teachers.base import Teacher, known_teachers
+from ..training.base_model import FIELD, read_base
+from ..training.config import Recipe
+
+CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a recipe's configs say of its models.
+
+    Attributes:
+        family, shift: of the base, see `read_base`.
+        transformer_class, transformer_config: the base's transformer.
+        channels, text_width: of the transformer's latents and of the prompt embeddings it takes.
+        encoders: VAE, text encoder and teachers on meta, in the types in which a cache is made.
+    """
+
+    family: Family
+    shift: float
+    transformer_class: Any
+    transformer_config: dict[str, Any]
+    channels: int
+    text_width: int
+    encoders: Encoders
+
+    def transformer(self, dtype: torch.dtype) -> Any:
+        """A new transformer on meta, its parameters in the types that loading in `dtype` gives them."""
+        with torch.device("meta"):
+            transformer = self.transformer_class.from_config(self.transformer_config)
+        kept = self.transformer_class._keep_in_fp32_modules or ()
+        for name, parameter in transformer.named_parameters():
+            own = torch.float32 if any(part in kept for part in name.split(".")) else dtype
+            parameter.data = parameter.data.to(own)
+        return transformer
+
+
+def read_models(recipe: Recipe, options: CacheOptions) -> Models:
+    """Read the configs of base and teachers; nothing else is downloaded.
+
+    Raises:
+        UserError: a base or teacher that cannot be read or is not supported.
+        ConfigError: sizes that the base cannot cut into tokens.
+    """
+    family, shift = read_base(recipe)
+    with _told(recipe):
+        index: Any = diffusers.DiffusionPipeline.load_config(options.base_model, revision=options.revision)
+        transformer_class = getattr(diffusers, str(index["transformer"][1]))
+        config = _load_config(transformer_class, options, "transformer")
+        with torch.device("meta"):
+            transformer = transformer_class.from_config(config)
+            vae_class = getattr(diffusers, str(index["vae"][1]))
+            vae = vae_class.from_config(_load_config(vae_class, options, "vae"))
+        text_encoder = _text_encoder(str(index["text_encoder"][1]), options)
+    load_family(transformer, recipe.family)  # refuses variants
+    encoders = Encoders(
+        family,
+        SimpleNamespace(vae=vae, text_encoder=text_encoder),
+        family.patch_size(transformer),
+        {name: read_teacher(name, options.teacher_layer) for name in options.teachers},
+    )
+    encoders.check_sizes(options)
+    widths = transformer.config.in_channels, family.text_width(transformer)
+    return Models(family, shift, transformer_class, config, *widths, encoders)
+
+
+def _load_config(model_class: Any, options: CacheOptions, component: str) -> Any:
+    return model_class.load_config(options.base_model, subfolder=component, revision=options.revision)
+
+
+def _text_encoder(class_name: str, options: CacheOptions) -> nn.Module:
+    model_class = getattr(transformers, class_name)
+    named: dict[str, Any] = {"subfolder": "text_encoder", "revision": options.revision or "main"}
+    config = model_class.config_class.from_pretrained(options.base_model, **named)
+    dtype = DTYPES[options.text_encoder_dtype]
+    with torch.device("meta"):
+        model = model_class(config).to(dtype)
+    # As transformers loads it: T5's kin overflow in float16 and keep some of their layers out of it.
+    kept = (model_class._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
+    for name, parameter in model.named_parameters():
+        if any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.float()
+    return model
+
+
+def read_teacher(name: str, layer: int = -1) -> Teacher:
+    """A teacher on meta.
+
+    Raises:
+        UserError: one that is missing, gated, unreachable or unknown.
+    """
+    folder = local_folder(name, files=CONFIGS)
+    model_type = read_config(folder)["model_type"]
+    found = [cls for cls in known_teachers().values() if model_type in cls.model_types]
+    if not found:
+        raise UserError(f"teacher: {name!r} is a {model_type!r}, known are {', '.join(known_teachers())}")
+    model_class = getattr(transformers, found[0].model_class)
+    with torch.device("meta"):
+        model = model_class(model_class.config_class.from_pretrained(folder))
+    return found[0](model, name=name, layer=layer, processor=read_processor(folder))
+
+
+@contextmanager
+def _told(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        name, reason = recipe.pretrained_model_name_or_path, " ".join(str(error).split())[:300]
+        raise UserError(f"{FIELD}: cannot read the configs of {name!r} ({reason})") from None

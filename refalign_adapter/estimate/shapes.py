@@ -1,0 +1,92 @@
+"""The shapes of cached samples and of training batches, from options and configs.
+
+Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, M references, h and w
+those of a reference, S text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..data.options import DTYPES, CacheOptions
+from ..data.sizes import Size
+from .models import Models
+
+
+@dataclass(frozen=True)
+class SampleShapes:
+    """Shapes of one sample's tensors.
+
+    Attributes:
+        latents: (C, F, H, W).
+        text: (S, D).
+        reference: (C, h, w) of one reference.
+        teacher: teacher id -> (rows, columns, width) of its features of one reference.
+        grid: rows and columns of the tokens that the transformer makes of one reference.
+        dtype: of all of them.
+    """
+
+    latents: tuple[int, int, int, int]
+    text: tuple[int, int]
+    reference: tuple[int, int, int]
+    teacher: dict[str, tuple[int, int, int]]
+    grid: tuple[int, int]
+    dtype: torch.dtype
+
+    def batch(self, samples: int, references: int, device: torch.device | str) -> Batch:
+        """Random samples with references of different subjects; mask and subjects are on the CPU.
+
+        Args:
+            samples: B.
+            references: M of each.
+            device: of the other tensors, meta included.
+        """
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(samples, *shape, dtype=self.dtype, device=device)
+
+        channels, *canvas = self.reference
+        return Batch(
+            keys=[str(index) for index in range(samples)],
+            latents=draw(*self.latents),
+            text=draw(*self.text),
+            references=draw(channels, references, *canvas),
+            mask=torch.ones(samples, references, dtype=torch.bool),
+            subjects=torch.arange(references).repeat(samples, 1),
+            teacher={name: draw(references, *shape) for name, shape in self.teacher.items()},
+        )
+
+
+def largest_size(options: CacheOptions) -> Size:
+    """The one of the options' sizes that takes most memory."""
+    return max(options.sizes, key=lambda size: size.num_frames * size.height * size.width)
+
+
+def sample_shapes(models: Models, options: CacheOptions) -> SampleShapes:
+    """Shapes of samples of the options' largest size."""
+    options = options.at(largest_size(options))
+    encoders = models.encoders
+    time, rows, columns = models.family.size_multiples(encoders.pipe, encoders.patch_size)
+    _, patch_rows, patch_columns = encoders.patch_size
+    grid = encoders.token_grid(options)
+    teacher_grids = {
+        name: grid if options.teacher_grid == "match" and teacher.any_size else teacher.native_grid
+        for name, teacher in encoders.teachers.items()
+    }
+    return SampleShapes(
+        latents=(
+            models.channels,
+            (options.num_frames - 1) // time + 1,
+            options.height // rows * patch_rows,
+            options.width // columns * patch_columns,
+        ),
+        text=(options.max_sequence_length, models.text_width),
+        reference=(models.channels, grid[0] * patch_rows, grid[1] * patch_columns),
+        teacher={name: (*teacher_grids[name], teacher.dim) for name, teacher in encoders.teachers.items()},
+        grid=grid,
+        dtype=DTYPES[options.dtype],
+    )

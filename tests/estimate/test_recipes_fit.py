@@ -1,0 +1,21 @@
+"""The recipes for a small GPU: the figures in their comments are what is estimated."""
+
+import re
+
+import pytest
+
+from refalign_adapter.estimate.memory import training_memory
+from refalign_adapter.estimate.setting import Asked, read_setting
+from refalign_adapter.recipes import recipe_path
+from refalign_adapter.training.recipe_file import load_recipe
+
+
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
+def test_a_recipe_for_24_gb_takes_what_it_says(wan, size):
+    path = recipe_path(f"wan2.1-t2v-{size}/stage1-24gb")
+    told = re.search(r"training takes ([\d.]+) GB", path.read_text())
+    assert told is not None
+    here = [f"pretrained_model_name_or_path={wan / size}", f"adapter.teachers=[{wan / 'teacher'}]"]
+    estimated = training_memory(read_setting(load_recipe(path, here), Asked(processes=1))).gpu.total
+    assert float(told[1]) == pytest.approx(estimated / 1e9, abs=0.06)
+    assert estimated < 24e9
