@@ -10,12 +10,12 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError, UserError
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from .data.options import CacheOptions
@@ -36,7 +36,7 @@ def run(config: str | Path, overrides: Sequence[str] = (), *, rehash: bool = Fal
     from .data.cache import cache_dataset, process_state
 
     main_process = process_state().is_main_process
-    with _progress("caching rows") as show:
+    with progress_bar("caching") as show:
         report = cache_dataset(options, progress=show if main_process else None, rehash=rehash)
     if main_process:
         print(report.summary())
@@ -59,7 +59,7 @@ def look_after(
     from .data.verify import prune_cache, verify_cache
 
     if verify:
-        with _progress("checking parts") as show:
+        with progress_bar("checking parts") as show:
             files = verify_cache(options, show)
         print(f"checked {files.count} parts, {files.bytes / 1e6:.1f} MB: all whole")
     if prune:
@@ -72,34 +72,6 @@ def _options(config: str | Path, overrides: Sequence[str]) -> CacheOptions:
     from .training.recipe_file import load_recipe
 
     return options_of(load_recipe(config, overrides))
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar that appears with the first call of (done, in all)."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Progress(TextColumn(title), *columns, console=Console(stderr=True))
-    task = bar.add_task("", total=None)
-
-    def show(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield show
-    finally:
-        if bar.live.is_started:
-            bar.stop()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

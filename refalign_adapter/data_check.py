@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cache import _progress
 from .errors import ConfigError
+from .progress import progress_bar
 
 if TYPE_CHECKING:
     from .data.check import DataCheck
@@ -51,9 +51,9 @@ def run(
     options = options_of(recipe)
     require_own_folder(output)
     workers = options.num_workers if workers is None else workers
-    with _progress("checking rows") as show:
+    with progress_bar("checking rows") as show:
         check = check_data(options, held_out=recipe.data.validation_rows, workers=workers, progress=show)
-    with _progress("drawing contact sheets") as show:
+    with progress_bar("drawing contact sheets") as show:
         page = write_contact_sheets(output, check, options, sheets=sheets, workers=workers, progress=show)
     _print_tables(summarize(check))
     _print_notes(check)

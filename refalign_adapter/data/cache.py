@@ -31,7 +31,7 @@ from .options import CacheOptions
 from .parts import PARTS, PartStore
 from .prefetch import read_ahead
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass
@@ -102,7 +102,7 @@ def cache_dataset(
     Args:
         options: see `CacheOptions`.
         device: of the encoders; None takes accelerate's.
-        progress: called with (rows done, rows in all) of this process.
+        progress: called with (done, in all, "captions" or "rows") of this process, captions first.
         rehash: hash all files of the data set anew, instead of those that have changed by size or time.
 
     Raises:
@@ -135,7 +135,7 @@ def build_cache(
         options: see `CacheOptions`.
         rows: split -> rows.
         encoders: see `load_encoders`.
-        progress: called with (rows done, rows in all) of this process.
+        progress: called with (done, in all, "captions" or "rows") of this process, captions first.
         rehash: see `cache_dataset`.
 
     Raises:
@@ -155,9 +155,10 @@ def _build(
     if state.is_main_process:
         encoder.store.remove_leftovers()
         digests.tidy()
-    empty_text = encoder.encode_text("")
     work = [(split, row) for split, split_rows in rows.items() for row in split_rows]
-    entries, problems = _encode_all(work[state.process_index :: state.num_processes], encoder, digests, progress)
+    mine = work[state.process_index :: state.num_processes]
+    empty_text = _encode_texts([row.caption for _, row in mine], encoder, progress)
+    entries, problems = _encode_all(mine, encoder, digests, progress)
     every = gather_object([(entries, problems, encoder.made, encoder.reused, Counter(encoder.seconds))])
     if problems := [problem for item in every for problem in item[1]]:
         raise ConfigError(problems)
@@ -184,6 +185,16 @@ def _sizes(files: set[tuple[str, str]], store: PartStore) -> dict[str, int]:
     return {part: size for part, size in sizes.items() if size}
 
 
+def _encode_texts(captions: list[str], encoder: RowEncoder, progress: Progress | None) -> str:
+    """Write the captions' embeddings, all before the first clip, and the empty text's; returns that one's key."""
+    empty_text = encoder.encode_text("")
+    for done, caption in enumerate(captions, 1):
+        encoder.encode_text(caption)
+        if progress:
+            progress(done, len(captions), "captions")
+    return empty_text
+
+
 def _encode_all(
     work: list[tuple[str, Row]], encoder: RowEncoder, digests: FileDigests, progress: Progress | None
 ) -> tuple[list[tuple[str, IndexEntry]], list[str]]:
@@ -204,7 +215,7 @@ def _encode_all(
             manifest = encoder.options.manifests.get(split, split)
             problems.append(f"{manifest_path(manifest, row.source)} line {row.line}: {problem}")
         if progress:
-            progress(done, len(work))
+            progress(done, len(work), "rows")
     return entries, problems
 
 

@@ -277,14 +277,13 @@ class RowEncoder:
         return next(iter(self.plans.values())).facts
 
     def encode(self, row: Row, prepared: PreparedRow) -> IndexEntry:
-        """Write the parts that are missing; returns the row's entry of the index."""
+        """Write the parts that are missing but the caption's, see `encode_text`; returns the row's entry."""
         parts, size = prepared.parts, prepared.size
         assert parts is not None
         assert size is not None
         grid = self.encoders.token_grid(self.plans[size].options)
         shape = self._part("video", parts.video, lambda: self._latents(prepared.frames), "VAE")
         references = self._part("references", parts.references, lambda: self._references(prepared.canvases), "VAE")
-        self.encode_text(row.caption)
         for name, key in parts.teachers.items():
             self._part("teacher", key, partial(self._features, name, prepared.canvases, grid), f"teacher {name}")
         if parts.tokens:
@@ -324,20 +323,24 @@ class RowEncoder:
 
     def _latents(self, frames: np.ndarray | None) -> Tensor:
         assert frames is not None
+        self.encoders.use("images")
         video = torch.from_numpy(frames).movedim(-1, 0).unsqueeze(0)
         return self.encoders.family.encode_video(self.encoders.pipe, video / 127.5 - 1)[0]
 
     def _references(self, canvases: np.ndarray | None) -> Tensor:
         images = _images(canvases)
+        self.encoders.use("images")
         encode = self.encoders.family.encode_images
         return torch.stack([encode(self.encoders.pipe, variant * 2 - 1) for variant in images])
 
     def _features(self, name: str, canvases: np.ndarray | None, grid: tuple[int, int]) -> Tensor:
         shown = grid if self.options.teacher_grid == "match" else None
+        self.encoders.use("images")
         return torch.stack([self.encoders.teachers[name].encode(variant, shown) for variant in _images(canvases)])
 
     def _embedding(self, caption: str) -> Tensor:
         length = self.options.max_sequence_length
+        self.encoders.use("text")
         text = self.encoders.family.encode_text(self.encoders.pipe, [caption], length)[0]
         real = text.ne(0).any(-1).nonzero()
         return text[: int(real.max()) + 1 if len(real) else 1]

@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import torch
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 
 from ..errors import ConfigError, UserError
 from ..families.base import Family, load_family
@@ -26,7 +27,7 @@ PIPELINE_CONFIG = "model_index.json"
 
 @dataclass
 class Encoders:
-    """What encodes rows, on one device.
+    """What encodes rows, on one device: first captions, then clips and references, as all together need more memory.
 
     Attributes:
         family: the base's family.
@@ -35,6 +36,7 @@ class Encoders:
         teachers: id -> teacher.
         vae: JSON facts that decide latents.
         text_encoder: JSON facts that decide text embeddings.
+        device: where encoders work; those that do not wait in host memory.
     """
 
     family: Family
@@ -43,6 +45,26 @@ class Encoders:
     teachers: dict[str, Teacher] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] = field(default_factory=dict)
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        self._at_work: str | None = None
+
+    def use(self, kind: str) -> None:
+        """Have the encoders of captions ("text") or of clips and references ("images") on the device, no others."""
+        if self._at_work == kind:
+            return
+        components = [(name, item) for name, item in vars(self.pipe).items() if isinstance(item, nn.Module)]
+        texts = [item for name, item in components if name.startswith("text_encoder")]
+        images = [item for name, item in components if not name.startswith("text_encoder")]
+        come, go = (texts, images) if kind == "text" else (images, texts)
+        for module in go:
+            module.to("cpu")
+        for module in come:
+            module.to(self.device)
+        for teacher in self.teachers.values():
+            teacher.to("cpu" if kind == "text" else self.device)
+        self._at_work = kind
 
     def canvas_size(self, options: CacheOptions) -> tuple[int, int]:
         """Height and width of a reference's canvas in pixels."""
@@ -82,7 +104,7 @@ def _misfits(size: Size, multiples: tuple[int, int, int]) -> Iterator[str]:
 
 
 def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> Encoders:
-    """Load VAE, text encoder and teachers onto `device`; the base's transformer is only asked for its config.
+    """Load VAE, text encoder and teachers, to work on `device`; the base's transformer is only asked for its config.
 
     Raises:
         UserError: a base or teacher that cannot be read or is not supported.
@@ -103,13 +125,11 @@ def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> 
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"base_model: cannot read {name!r} as a diffusers pipeline ({reason})") from None
-    teachers = {
-        teacher: load_teacher(teacher, device=device, layer=options.teacher_layer) for teacher in options.teachers
-    }
+    teachers = {teacher: load_teacher(teacher, layer=options.teacher_layer) for teacher in options.teachers}
     base = {"id": model_id(name), "variant": options.variant}
     encoders = Encoders(
         family,
-        pipe.to(device),
+        pipe,
         patch_size,
         teachers,
         vae={**base, "version": version_of(options, ("vae",)), "dtype": "fp32"},
@@ -118,6 +138,7 @@ def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> 
             "version": version_of(options, ("text_encoder", "tokenizer")),
             "dtype": options.text_encoder_dtype,
         },
+        device=device,
     )
     encoders.check_sizes(options)
     return encoders

@@ -16,7 +16,7 @@ from .duration import Duration, duration_of
 from .host import host_memory
 from .live_bytes import module_bytes
 from .measure import Measured, measure_steps
-from .memory import Memory, TrainingMemory, caching_memory, training_memory
+from .memory import CachingMemory, Memory, TrainingMemory, caching_memory, training_memory
 from .setting import Asked, Setting, Tell, read_setting
 from .shapes import largest_size
 from .simulate import simulate_encoding
@@ -63,7 +63,7 @@ class Estimate:
 
     setting: Setting
     training: TrainingMemory
-    caching: Memory
+    caching: CachingMemory
     disk: Disk
     host: Memory
     host_total: int

@@ -108,21 +108,40 @@ def training_memory(setting: Setting) -> TrainingMemory:
     )
 
 
-def caching_memory(models: Models, encoded: int = 0) -> Memory:
-    """What making the cache needs: all encoders lie on the GPU together.
+@dataclass(frozen=True)
+class CachingMemory:
+    """What making the cache needs of the GPU: encoders of captions work first, then those of clips and references.
+
+    Attributes:
+        captions, clips: parts while these are encoded.
+    """
+
+    captions: Memory
+    clips: Memory
+
+    @property
+    def total(self) -> int:
+        """Bytes of the larger of the two."""
+        return max(self.captions.total, self.clips.total)
+
+
+def caching_memory(models: Models, encoded: int = 0) -> CachingMemory:
+    """The weights that lie on the GPU at a time.
 
     Args:
         models: a recipe's configs.
         encoded: bytes that the VAE takes on top while it encodes a clip.
     """
     pipe, teachers = models.encoders.pipe, models.encoders.teachers.values()
-    return with_allowance(
-        [
-            Part("text encoder", module_bytes(pipe.text_encoder)),
-            Part("VAE, in float32", module_bytes(pipe.vae)),
-            Part("teachers, in float32", sum(map(module_bytes, teachers))),
-            Part("the VAE's activations for one clip", encoded),
-        ]
+    return CachingMemory(
+        with_allowance([Part("text encoder", module_bytes(pipe.text_encoder))]),
+        with_allowance(
+            [
+                Part("VAE, in float32", module_bytes(pipe.vae)),
+                Part("teachers, in float32", sum(map(module_bytes, teachers))),
+                Part("the VAE's activations for one clip", encoded),
+            ]
+        ),
     )
 
 

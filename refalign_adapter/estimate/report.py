@@ -34,7 +34,8 @@ def _sections(estimate: Estimate) -> Iterator[RenderableType]:
     yield _verdict(estimate)
     if estimate.ways_out:
         yield from _ways_out(estimate)
-    yield from _memory("GPU, making the cache", estimate.caching)
+    yield from _memory("GPU, making the cache: captions", estimate.caching.captions)
+    yield from _memory("GPU, making the cache: clips and references, after them", estimate.caching.clips)
     yield from _disk(estimate)
     yield from _memory("Host memory (each process)", estimate.host, "at most")
     if estimate.host.total * setting.processes > estimate.host_total:
@@ -130,7 +131,11 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
         "ways_out": [
             {"changes": list(way.changes), "total": way.total, "fits": way.fits} for way in estimate.ways_out
         ],
-        "gpu_caching": _memory_json(estimate.caching),
+        "gpu_caching": {
+            "captions": _memory_json(estimate.caching.captions),
+            "clips": _memory_json(estimate.caching.clips),
+            "total": estimate.caching.total,
+        },
         "disk": {
             "folder": disk.folder,
             "free": disk.free,

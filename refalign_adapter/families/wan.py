@@ -139,7 +139,10 @@ class WanFamily(Family):
         if not prompts:
             raise UserError("prompt: expected at least one, got none")
         embeds, _ = pipe.encode_prompt(
-            prompt=list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+            prompt=list(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_sequence_length,
+            device=pipe.text_encoder.device,  # the pipeline's other parts may be elsewhere
         )
         return embeds
 

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
-from refalign_adapter.data.cache import cache_dataset
+from refalign_adapter.data.cache import build_cache, cache_dataset
 from refalign_adapter.data.digests import DIGESTS_NAME
-from refalign_adapter.data.encoders import load_encoders
+from refalign_adapter.data.encoders import Encoders, load_encoders
 from refalign_adapter.data.index import read_index
 from refalign_adapter.data.lock import LOCK_NAME
 from refalign_adapter.data.manifest import load_manifest
@@ -292,7 +293,7 @@ def test_options_tell_every_mistake_at_once(options):
 SLOW_RUN = """
 import sys
 from refalign_adapter.data import encode
-from refalign_adapter.data.cache import cache_dataset
+from refalign_adapter.data.cache import build_cache, cache_dataset
 from refalign_adapter.data.options import CacheOptions
 import json, time
 
@@ -336,3 +337,39 @@ def test_leftovers_of_killed_runs_go_but_not_those_of_a_running_one(cached, enco
     build_options(options, encoders)
     assert not old.exists()
     assert new.exists()
+
+
+class Placed(torch.nn.Module):
+    """A model that tells where it is moved to."""
+
+    def __init__(self, name, moves):
+        super().__init__()
+        self.name, self.moves = name, moves
+
+    def to(self, device):
+        self.moves.append((self.name, str(device)))
+        return self
+
+
+def test_captions_and_clips_are_encoded_one_after_the_other(options, encoders, build_options, tmp_path, monkeypatch):
+    """A GPU has the text encoder or the others, never all: moves are told, as there is no GPU here."""
+    moves = []
+    made = {name: Placed(name, moves) for name in ("text_encoder", "vae", "teacher")}
+    pipe = SimpleNamespace(text_encoder=made["text_encoder"], vae=made["vae"], tokenizer=object())
+    shared = Encoders(encoders.family, pipe, encoders.patch_size, {"t": made["teacher"]}, device="cuda")
+    for kind in ("text", "text", "images", "images"):
+        shared.use(kind)
+    assert moves == [
+        *[("vae", "cpu"), ("text_encoder", "cuda"), ("teacher", "cpu")],
+        *[("text_encoder", "cpu"), ("vae", "cuda"), ("teacher", "cuda")],
+    ]
+    asked, told = [], []
+    monkeypatch.setattr(Encoders, "use", lambda self, kind: asked.append(kind))
+    rows = {"train": load_manifest(options.train_data)}
+    build_cache(replace(options, cache_dir=str(tmp_path)), rows, encoders, lambda *done: told.append(done))
+    assert asked == sorted(asked, reverse=True)
+    assert set(asked) == {"text", "images"}
+    assert told == [(done, 4, what) for what in ("captions", "rows") for done in range(1, 5)]
+    asked.clear()
+    build_cache(replace(options, cache_dir=str(tmp_path)), rows, encoders)
+    assert asked == []  # all is there: nothing is moved at all

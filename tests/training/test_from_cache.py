@@ -68,6 +68,8 @@ def encoded_on_the_fly(options, monkeypatch):
     plans = plans_of(exact, encoders)
     encoder = RowEncoder(exact, encoders, plans, store)
     preparer = RowPreparer(plans, store)
+    for row in rows:
+        encoder.encode_text(row.caption)
     entries = [encoder.encode(row, preparer[row]) for row in rows]
     store.read = lambda part, key: store.parts[part, key]
     dataset = open_cache(options)

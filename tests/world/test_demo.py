@@ -210,7 +210,7 @@ def test_whole_demo_interrupted_and_taken_up_again(tmp_path: Path):
     assert (folder / "report.html").stat().st_size > 50_000
     assert len(list((folder / "samples").glob("*.mp4"))) == len(read_jobs(folder / "samples"))
 
-    lines = [line for line in output.splitlines() if " generate " in line]
+    lines = [line for line in output.splitlines() if " generate --" in line]
     assert len(lines) == 2
     for line in lines:
         subprocess.run(shlex.split(line), check=True)
