@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..data.check import DataCheck, in_workers
+from ..data.check import DataCheck
 from ..data.duplicates import CheckedRow
 from ..data.findings import KINDS, Finding, by_kind
 from ..data.options import CacheOptions
+from ..data.prefetch import in_workers
 from ..data.rows import Reference
 from ..data.summary import FINDINGS, Table, summarize
 from ..errors import UserError

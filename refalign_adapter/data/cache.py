@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
-from torch.utils.data import DataLoader
 
 from ..errors import ConfigError, UserError
 from ..files import require_writable_folder, write_json
 from .digests import FileDigests
-from .encode import PreparedRow, RowEncoder, RowPreparer, plans_of
+from .encode import RowEncoder, RowPreparer, plans_of
 from .encoders import Encoders, load_encoders
 from .index import FORMAT, META_NAME, IndexEntry, write_index
 from .lock import filling
 from .manifest import Row, load_manifest, manifest_path, sources_digest
 from .options import CacheOptions
 from .parts import PARTS, PartStore
-from .prefetch import read_ahead
+from .prefetch import in_workers
 
 Progress = Callable[[int, int, str], None]
 
@@ -200,7 +198,8 @@ def _encode_all(
 ) -> tuple[list[tuple[str, IndexEntry]], list[str]]:
     """(split, entry) of the rows that could be read, and the problems of the others."""
     entries, problems = [], []
-    prepared_rows = _prepare(work, encoder, digests)
+    preparer = RowPreparer(encoder.plans, encoder.store, digests)
+    prepared_rows = in_workers(preparer, [row for _, row in work], encoder.options.num_workers)
     for done, (split, row) in enumerate(work, 1):
         started = time.perf_counter()
         prepared = next(prepared_rows)
@@ -217,18 +216,6 @@ def _encode_all(
         if progress:
             progress(done, len(work), "rows")
     return entries, problems
-
-
-def _prepare(work: list[tuple[str, Row]], encoder: RowEncoder, digests: FileDigests) -> Iterator[PreparedRow]:
-    preparer, workers = RowPreparer(encoder.plans, encoder.store, digests), encoder.options.num_workers
-    # Workers are sent each row as they come to it: from a list they would in time copy all of it, each for itself.
-    rows: Any = [row for _, row in work]
-    loader = DataLoader(preparer, batch_size=None, sampler=rows, num_workers=workers, collate_fn=_as_it_is)
-    return iter(loader) if workers else read_ahead(iter(loader))
-
-
-def _as_it_is(prepared: Any) -> Any:
-    return prepared
 
 
 def _in_order(every: list, split: str) -> list[IndexEntry]:

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ConfigError, UserError
 from .duplicates import CheckedRow, findings_between
@@ -20,6 +17,7 @@ from .findings import Finding
 from .inspection import RowInspector, RowLook
 from .manifest import read_source, sources_of
 from .options import CacheOptions
+from .prefetch import in_workers
 from .readers.base import Source
 from .rows import Row
 
@@ -115,19 +113,6 @@ def check_data(
     check.rows = rows
     check.findings += findings_between(rows)
     return check
-
-
-def in_workers(work: Dataset[Any], items: list[Any], workers: int) -> Iterator[Any]:
-    """`work[item]` of each item in order, done by so many processes (0: by this one).
-
-    Workers are sent each item as they come to it: from a list they would in time copy all of it, each for itself.
-    """
-    given: Any = items
-    yield from DataLoader(work, batch_size=None, sampler=given, num_workers=workers, collate_fn=_as_it_is)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
 
 
 def _read(options: CacheOptions, check: DataCheck) -> list[CheckedRow]:
