@@ -2,14 +2,17 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
+from refalign_adapter.data.cache import CacheReport
 from refalign_adapter.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -148,3 +151,46 @@ def test_sizes_that_do_not_fit_are_refused(model, video, message):
 def test_presets_have_the_tokens_of_the_real_videos():
     presets = importlib.import_module("_setting").PRESETS
     assert {name: size.tokens for name, size in presets.items()} == {"small": 8190, "1.3b": 32760, "14b": 32760}
+
+
+def test_growth_is_the_slope_of_the_second_half():
+    caching = importlib.import_module("caching")
+    warming = [caching.Look(rows, 1000 * rows) for rows in range(50)]
+    flat = [caching.Look(rows, 50_000 + 3 * rows) for rows in range(50, 100)]
+    run = caching.Run(CacheReport(), [*warming, *flat, caching.Look(100, 10)])  # at the end all is given back
+    assert run.growth() == pytest.approx(3)
+    assert run.peak == 50_000 + 3 * 99
+    assert run.bytes_at(20) == 20_000
+    assert run.at_work[-1].rows == 99
+    short = caching.Run(CacheReport(), [caching.Look(0, 7), caching.Look(100, 9)])
+    assert (short.growth(), short.bytes_at(50), short.peak) == (0, 9, 9)
+
+
+def test_memory_is_that_of_a_process_and_its_children():
+    caching, process = importlib.import_module("caching"), psutil.Process()
+    alone = caching.tree_bytes(process)
+    assert alone == pytest.approx(process.memory_info().rss, rel=0.5)
+    filled = "data = bytearray(range(256)) * 400_000; print(len(data), flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", filled], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert int(child.stdout.readline()) == 102_400_000
+        assert caching.tree_bytes(process) - alone > 100e6
+        child.communicate(b"\n")
+
+
+@pytest.mark.slow
+def test_caching(tmp_path):
+    app = typer.Typer()
+    app.command()(importlib.import_module("caching").main)
+    file = tmp_path / "figures.json"
+    result = CliRunner().invoke(app, ["--rows", "8", "--workers", "1", "--json", str(file)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text())
+    first, again, workers = found["runs"].values()
+    assert first["made"]["video"] == workers["made"]["video"] == again["reused"]["video"] == 8
+    assert again["made"] == {}
+    assert first["bytes_per_part"] == again["bytes_per_part"] == workers["bytes_per_part"]
+    for run in found["runs"].values():
+        assert run["looks"][-1][0] == 8
+        assert run["peak_bytes"] == max(size for _, size in run["looks"])
+    assert "first, 1 decoding processes" in result.output

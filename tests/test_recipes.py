@@ -9,13 +9,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from refalign_adapter.errors import UserError
 from refalign_adapter.recipes import copy_recipe, list_recipes, recipe_path, recipes_folder
-from refalign_adapter.training.recipe_file import load_recipe
+from refalign_adapter.training.recipe_file import changes, load_recipe
 
 NAMES = list_recipes()
 
 
 def test_what_comes_along():
-    stages = [f"wan2.1-t2v-{size}/stage{number}" for size in ("1.3b", "14b") for number in (1, 2)]
+    stages = [f"wan2.1-t2v-{size}/stage{name}" for size in ("1.3b", "14b") for name in ("1", "1-24gb", "2")]
     assert NAMES == ["demo/isolated", *stages]
 
 
@@ -26,7 +26,7 @@ def test_recipe_is_valid_and_opens_with_its_command(name):
     assert words[:4] == ["#", "accelerate", "launch", "--config_file"]
     assert (recipes_folder().parent / words[4]).is_file()
     assert words[5:] == ["-m", "refalign_adapter.train", "--config", f"recipes/configs/{name}.yaml"]
-    if not name.startswith("demo"):
+    if name.endswith(("stage1", "stage2")):
         config = yaml.safe_load((recipes_folder().parent / words[4]).read_text())
         batch = recipe.train_batch_size * recipe.gradient_accumulation_steps * config["num_processes"]
         assert (batch, recipe.max_train_steps) == (128, 3000)
@@ -45,6 +45,28 @@ def test_second_stage_goes_on_from_the_first(size):
     assert second.init_adapter == f"{first.output_dir}/adapter"
     assert second.adapter == first.adapter
     assert second.learning_rate == first.learning_rate / 5  # as in the paper
+
+
+SMALL_GPU = {
+    "1.3b": {},
+    "14b": {
+        "offload_activations": True,
+        "quantization": "nf4",
+        "adapter.reference_scale": 0.5,
+        "data.num_frames": 49,
+        "data.cache_dir": "cache/wan2.1-t2v-14b/stage1-24gb",
+    },
+}
+"""What lets the first stage fit 24 GB."""
+
+
+@pytest.mark.parametrize("size", SMALL_GPU)
+def test_first_stage_for_a_small_gpu_is_the_first_stage(size):
+    name = f"wan2.1-t2v-{size}/stage1"
+    full, small = (load_recipe(recipe_path(each)) for each in (name, f"{name}-24gb"))
+    found = {field: value for field, _, value in changes(full.model_dump(), small.model_dump())}
+    assert found == {"output_dir": f"outputs/{name}-24gb", **SMALL_GPU[size]}
+    assert "estimated" in recipe_path(f"{name}-24gb").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(recipes_folder().glob("accelerate/*.yaml")), ids=lambda path: path.stem)
