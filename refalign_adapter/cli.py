@@ -225,7 +225,7 @@ def estimate(
     from .estimate.setting import Asked
     from .training.recipe_file import load_recipe
 
-    asked = Asked(processes, None if gpu_memory is None else gpu_memory * 1e9, rows, step_time, measure)
+    asked = Asked(processes, gpu_memory, rows, step_time, measure)
     recipe = load_recipe(config, overrides or [])
     with Console(stderr=True).status("") as status:
         found = make_estimate(recipe, asked, status.update)

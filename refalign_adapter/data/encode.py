@@ -28,7 +28,7 @@ from .encoders import Encoders
 from .index import FORMAT, IndexEntry, RowParts
 from .options import DTYPES, CacheOptions
 from .parts import PartStore, file_digest, hash_of
-from .pictures import augmentation_key, draw_reference, open_picture, reference_facts
+from .pictures import augmentation_key, draw_reference, open_pictures, reference_facts
 from .references import AUGMENTATION, content_tokens
 from .rows import Row
 from .sizes import Size, choose_size
@@ -235,8 +235,7 @@ def draw_canvases(row: Row, options: CacheOptions, size: tuple[int, int], digest
     """
     augmented = options.augment_references and row.pair == "regular"
     variants: list[list[np.ndarray]] = [[] for _ in range(options.reference_variants if augmented else 1)]
-    for reference in row.references:
-        picture = open_picture(reference)
+    for reference, picture in zip(row.references, open_pictures(row.references), strict=True):
         key = augmentation_key(reference_facts(reference, digest)) if augmented else ""
         for number, canvases in enumerate(variants):
             # A reference draws the same augmentation wherever it occurs.

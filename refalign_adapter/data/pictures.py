@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,27 @@ def open_picture(reference: Reference) -> Picture:
     Raises:
         UserError: its image, frame or mask cannot be read.
     """
+    return next(open_pictures([reference]))
+
+
+def open_pictures(references: Sequence[Reference]) -> Iterator[Picture]:
+    """Read the references of a row one by one; a frame that several are cut from is decoded once.
+
+    Raises:
+        UserError: an image, frame or mask that cannot be read.
+    """
+    images: dict[Hashable, Image.Image] = {}
+    for reference in references:
+        shown = reference.image, reference.frame, reference.crop, reference.long_side
+        if shown not in images:
+            images[shown] = _read_image(reference)
+        mask = read_mask(reference.mask) if reference.mask else None
+        if reference.rle:
+            mask = decode_mask(reference.rle)
+        yield Picture(images[shown], mask, reference.box)
+
+
+def _read_image(reference: Reference) -> Image.Image:
     if reference.frame is None:
         image = read_image(reference.image)
     else:
@@ -47,10 +68,7 @@ def open_picture(reference: Reference) -> Picture:
         scale = reference.long_side / max(image.size)
         width, height = (max(1, int(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    mask = read_mask(reference.mask) if reference.mask else None
-    if reference.rle:
-        mask = decode_mask(reference.rle)
-    return Picture(image, mask, reference.box)
+    return image
 
 
 def draw_reference(

@@ -122,7 +122,7 @@ def make_estimate(recipe: Recipe, asked: Asked, tell: Tell = lambda _: None) -> 
 
 def _gpu_memory(asked: Asked) -> int | None:
     if asked.gpu_memory is not None:
-        return int(asked.gpu_memory)
+        return int(asked.gpu_memory * 1e9)
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 

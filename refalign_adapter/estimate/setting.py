@@ -28,7 +28,7 @@ class Asked:
 
     Args:
         processes: of the training run, one per GPU; None: as many as this machine has GPUs.
-        gpu_memory: bytes of one GPU; None: of the GPU here, if there is one.
+        gpu_memory: GB (1e9 bytes) of one GPU; None: of the GPU here, if there is one.
         rows: of the data; None: they are counted where the sources are here.
         step_time: seconds of an optimizer step; None: not known.
         measure: optimizer steps to run on this machine; None: none.

@@ -5,9 +5,16 @@ import pytest
 import tiny_data
 from PIL import Image
 
+from refalign_adapter.data import pictures
 from refalign_adapter.data.encode import Facts, parts_of
 from refalign_adapter.data.masks import decode_mask, encode_mask, mask_areas, mask_overlaps
-from refalign_adapter.data.pictures import augmentation_key, draw_reference, open_picture, reference_facts
+from refalign_adapter.data.pictures import (
+    augmentation_key,
+    draw_reference,
+    open_picture,
+    open_pictures,
+    reference_facts,
+)
 from refalign_adapter.data.rows import Reference, Row, RunLengthMask
 from refalign_adapter.data.video import count_frames, read_frame, read_video, write_video
 from refalign_adapter.errors import UserError
@@ -136,3 +143,18 @@ def test_part_keys_of_plain_rows_are_those_of_earlier_versions(tmp_path):
     reference = Reference(tmp_path / "a.png", mask=tmp_path / "b.png", box=(0, 1, 2, 3))
     parts = parts_of(Row("a.mp4", tmp_path / "a.mp4", "a", (reference,)), FACTS)
     assert (parts.video, parts.references) == ("cc58b6cce4611898ddb58d9d2860b17b", "39dcb50fdff0525a9e73dc2a95343498")
+
+
+def test_a_frame_that_several_references_are_cut_from_is_decoded_once(tmp_path, monkeypatch):
+    tiny_data.write_clip(tmp_path / "clip.mp4", frames=5, height=32, width=48)
+    boxes = [(0.0, 0.0, 10.0, 10.0), (8.0, 8.0, 30.0, 30.0)]
+    references = [Reference(tmp_path / "clip.mp4", box=box, frame=3) for box in boxes]
+    references.append(Reference(tmp_path / "clip.mp4", box=boxes[0], frame=2))
+    alone = [open_picture(reference) for reference in references]
+    read = []
+    monkeypatch.setattr(pictures, "read_frame", lambda *args, **crop: read.append(args) or read_frame(*args, **crop))
+    together = list(open_pictures(references))
+    assert [frame for _, frame in read] == [3, 2]
+    for picture, expected in zip(together, alone, strict=True):
+        assert picture.box == expected.box
+        assert np.array_equal(np.asarray(picture.image), np.asarray(expected.image))
