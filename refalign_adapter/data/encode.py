@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from .rows import Row
 from .sizes import Size, choose_size
 from .video import TooShortError, probe_video, read_video
 
+Result = TypeVar("Result")
 Digest = Callable[[str | Path], str]
 """A file's sha256: `parts.file_digest`, or one that remembers, `digests.FileDigests`."""
 
@@ -168,29 +169,40 @@ class RowPreparer(Dataset[PreparedRow]):
         self.plans, self.store, self.digest = plans, store, digest
 
     def __getitem__(self, row: Row) -> PreparedRow:
+        sizes = list(self.plans)
         try:
-            return self._prepared(row, list(self.plans))
+            return at_its_size(row, sizes, self.plans[sizes[0]].options.fps, partial(self._prepared, row))
         except UserError as error:
             return PreparedRow(problem=str(error))
 
-    def _prepared(self, row: Row, sizes: list[Size]) -> PreparedRow:
-        """The row at the one of these sizes that suits it; what is in the cache is not decoded."""
-        size = size_of(row, sizes, self.plans[sizes[0]].options.fps)
+    def _prepared(self, row: Row, size: Size) -> PreparedRow:
+        """The row at a size; what is in the cache is not decoded."""
         plan = self.plans[size]
         parts = parts_of(row, plan.facts, self.digest)
         frames = canvases = None
         if self.store.shape("video", parts.video) is None:
-            try:
-                frames = read_clip(row, size, plan.options.fps)
-            except TooShortError:  # its header tells more frames than there are
-                shorter = [other for other in sizes if other.num_frames < size.num_frames]
-                if not shorter:
-                    raise
-                return self._prepared(row, shorter)
+            frames = read_clip(row, size, plan.options.fps)
         drawn = [(part, key) for part, key in parts.files() if part in ("references", "teacher", "tokens")]
         if any(self.store.shape(part, key) is None for part, key in drawn):
             canvases = draw_canvases(row, plan.options, plan.canvas_size, self.digest)
         return PreparedRow(size, parts, frames, canvases)
+
+
+def at_its_size(row: Row, sizes: Sequence[Size], fps: float | None, read: Callable[[Size], Result]) -> Result:
+    """What `read` makes of the size that suits the row's clip; of a shorter one if its header tells more frames than
+    there are.
+
+    Raises:
+        UserError: a clip that cannot be read or is too short for every size, or what `read` raises.
+    """
+    while True:
+        size = size_of(row, sizes, fps)
+        try:
+            return read(size)
+        except TooShortError:
+            sizes = [other for other in sizes if other.num_frames < size.num_frames]
+            if not sizes:
+                raise
 
 
 def size_of(row: Row, sizes: Sequence[Size], fps: float | None) -> Size:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import UserError
-from .encode import Digest, read_clip, size_of
+from .encode import Digest, at_its_size, read_clip
 from .findings import Finding
 from .options import CacheOptions
 from .parts import file_digest, hash_of
@@ -124,7 +124,8 @@ def _inspect_clip(row: Row, options: CacheOptions, look: RowLook, digest: Digest
     try:
         look.clip = digest(row.clip)
         look.video = probe_video(row.clip, segment=row.segment, crop=row.crop)
-        look.size, frames = _read_row(row, options)
+        fps = options.fps
+        look.size, frames = at_its_size(row, options.sizes, fps, lambda size: (size, read_clip(row, size, fps)))
     except UserError as error:
         kind = "too_short" if isinstance(error, TooShortError) else "clip"
         look.findings.append(Finding(kind, str(error)))
@@ -132,23 +133,6 @@ def _inspect_clip(row: Row, options: CacheOptions, look: RowLook, digest: Digest
         look.findings += _clip_notes(look.video, look.size, options.fps)
         if _stands_still(frames):
             look.findings.append(Finding("frozen_clip", f"file_name: all {len(frames)} frames are the same"))
-
-
-def _read_row(row: Row, options: CacheOptions) -> tuple[Size, np.ndarray]:
-    """A row's clip as the cache takes it: its size, and its frames, uint8 (F, H, W, 3).
-
-    Raises:
-        UserError: a clip that cannot be read or is too short for every size.
-    """
-    sizes: Sequence[Size] = options.sizes
-    while True:
-        size = size_of(row, sizes, options.fps)
-        try:
-            return size, read_clip(row, size, options.fps)
-        except TooShortError:  # its header tells more frames than there are
-            sizes = [other for other in sizes if other.num_frames < size.num_frames]
-            if not sizes:
-                raise
 
 
 def _clip_notes(video: VideoFacts, size: Size, fps: float | None) -> Iterator[Finding]:
