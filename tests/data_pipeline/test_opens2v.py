@@ -199,7 +199,8 @@ def test_a_part_is_read_record_by_record(videos, tmp_path):
     """Published parts are larger than memory: what comes after the rows that are asked for is not even looked at."""
     path = tmp_path / "part.json"
     source = {"path": str(path), "format": "opens2v_regular", "videos": str(videos)}
-    path.write_text(json.dumps({"a": RECORD, "b": RECORD})[:-1] + ', "c": {cut off')
+    whole = json.dumps({"a": RECORD, "b": RECORD, "c": RECORD})[:-1]
+    path.write_text(whole + "," + " " * 10**6 + '"d": {cut off')
     assert len(load_manifest({**source, "max_rows": 2})) == 2
     with pytest.raises(UserError, match=r"train_data: path: .* is not readable JSON \(.+\)"):
         load_manifest(source)

@@ -255,7 +255,7 @@ def test_a_pipeline_writes_other_loras_as_diffusers_does(tmp_path, both, name):
     one, two = load_file(ours), load_file(stock)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    with pytest.raises(ValueError, match="at least one of"):
+    with pytest.raises(ValueError, match="at least one of|must pass"):
         both.save_lora_weights(tmp_path / "none")
 
 

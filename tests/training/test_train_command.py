@@ -138,7 +138,7 @@ def test_two_processes_average_their_gradients(tiny_world, make_recipe, launch, 
     assert row["train/flow"] == pytest.approx(sum(flows) / 2, rel=1e-6)
     alone = train(make_recipe("max_train_steps=1", "validation_steps=1", *options[2:]))
     assert before["validation/flow"] == pytest.approx(
-        read_metrics(alone.parent / "metrics.jsonl")[0]["validation/flow"], rel=1e-9
+        read_metrics(alone.parent / "metrics.jsonl")[0]["validation/flow"], rel=1e-6
     )
     assert after["validation/flow"] != before["validation/flow"]
 
