@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from .findings import Finding
@@ -15,6 +16,9 @@ COMMON_CAPTION = 0.2
 """Share of the rows beyond which a caption cannot be about its own clip."""
 COMMON_ROWS = 3
 """Rows that a common caption has at least; in a handful of rows, shares say little."""
+
+CAPTION_SHOWN = 80
+"""Characters of a caption in a line."""
 
 
 @dataclass
@@ -149,7 +153,8 @@ def _whole_set(rows: Sequence[CheckedRow]) -> Iterator[Finding]:
     for caption, count in captions.most_common():
         if count < COMMON_ROWS or count <= COMMON_CAPTION * len(rows):
             break
-        yield Finding("common_caption", f"caption: {count} of {len(rows)} training rows have {caption!r}")
+        text = shorten(caption, CAPTION_SHOWN, placeholder=" …")
+        yield Finding("common_caption", f"caption: {count} of {len(rows)} training rows have {text!r}")
     if rows and (subjects := distinct_subjects(rows)) < 2:
         yield Finding(
             "few_subjects",
