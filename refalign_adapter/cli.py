@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +47,16 @@ def _quiet_libraries() -> None:
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _stopped_by_user(outcome: str) -> Iterator[None]:
+    """Ctrl-C ends a command with one line that says what that means, and with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted; {outcome}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _version(show: bool) -> None:
@@ -117,11 +129,8 @@ def data_check(
     """
     from .data_check import run
 
-    try:
+    with _stopped_by_user("no report was written"):
         run(config, overrides or [], output=output, sheets=sheets, workers=workers)
-    except KeyboardInterrupt:
-        print("interrupted; no report was written", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -135,10 +144,11 @@ def cache(
     """Encode clips, references and captions once, so that training needs the transformer alone."""
     from .cache import look_after, run
 
-    if verify or prune:
-        look_after(config, overrides or [], verify=verify, prune=prune)
-    else:
-        run(config, overrides or [], rehash=rehash)
+    with _stopped_by_user("run the same command again to go on"):
+        if verify or prune:
+            look_after(config, overrides or [], verify=verify, prune=prune)
+        else:
+            run(config, overrides or [], rehash=rehash)
 
 
 @app.command()
@@ -227,7 +237,7 @@ def estimate(
 
     asked = Asked(processes, gpu_memory, rows, step_time, measure)
     recipe = load_recipe(config, overrides or [])
-    with Console(stderr=True).status("") as status:
+    with _stopped_by_user("nothing was written"), Console(stderr=True).status("") as status:
         found = make_estimate(recipe, asked, status.update)
     if json:
         print(json_module.dumps(to_json(found), indent=2))

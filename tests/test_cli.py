@@ -251,10 +251,29 @@ def test_doctor_names_what_is_there(run):
 
 
 def test_every_command_has_help(run):
-    for command in ("doctor", "cache", "generate", "demo", "recipes"):
-        status, out, _ = run(command, "--help")
+    for command in ("doctor", "cache", "generate", "demo", "recipes", "estimate", "data", "data check"):
+        status, out, _ = run(*command.split(), "--help")
         assert status == 0
         assert "--help" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "called", "line"),
+    [
+        ("cache", "refalign_adapter.cache.run", "interrupted; run the same command again to go on"),
+        ("data check", "refalign_adapter.data_check.run", "interrupted; no report was written"),
+        ("estimate", "refalign_adapter.training.recipe_file.load_recipe", None),
+    ],
+)
+def test_ctrl_c_says_in_one_line_what_it_means(run, monkeypatch, command, called, line):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(called, interrupted)
+    status, out, errors = run(*command.split(), "--config", "recipe.yaml")
+    assert status == 130
+    assert out == ""
+    assert errors.splitlines() == ([line] if line else [])
 
 
 def test_a_mistake_ends_a_real_process_with_plain_lines(world):
