@@ -23,7 +23,7 @@ from .parts import file_digest, hash_of
 from .pictures import Picture, draw_reference, open_picture, reference_facts
 from .references import NEARLY_WHITE, cut_out, reference_size
 from .rows import Reference, Row
-from .sizes import Size, VideoFacts, kept_share
+from .sizes import Size, VideoFacts, enlargement, kept_share
 from .video import TooShortError, probe_video
 
 TOKEN = (16, 16)
@@ -138,8 +138,7 @@ def _inspect_clip(row: Row, options: CacheOptions, look: RowLook, digest: Digest
 def _clip_notes(video: VideoFacts, size: Size, fps: float | None) -> Iterator[Finding]:
     shape = f"file_name: {video.width}x{video.height} pixels"
     target = f"{size.width}x{size.height}"
-    factor = max(size.height / video.height, size.width / video.width)
-    if factor >= ENLARGED_CLIP:
+    if (factor := enlargement(size, video)) >= ENLARGED_CLIP:
         yield Finding("enlarged_clip", f"{shape} are enlarged {factor:.2f} times to cover {target}")
     if (kept := kept_share(size, video)) < KEPT_SHARE:
         yield Finding("cropped_clip", f"{shape} keep {kept:.0%} of the picture in {target}")

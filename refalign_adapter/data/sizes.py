@@ -95,7 +95,7 @@ def choose_size(sizes: Sequence[Size], clip: VideoFacts, fps: float | None) -> S
     nearest = min(_bend(size, clip) for size in fitting)
 
     def unsuited(size: Size) -> tuple[float, ...]:
-        area, enlarged = size.height * size.width, _enlargement(size, clip) > 1
+        area, enlarged = size.height * size.width, enlargement(size, clip) > 1
         return (-size.num_frames, enlarged, area if enlarged else -area, _bend(size, clip))
 
     return min((size for size in fitting if _bend(size, clip) <= nearest + SAME_SHAPE), key=unsuited)
@@ -106,8 +106,8 @@ def _bend(size: Size, clip: VideoFacts) -> float:
     return abs(math.log(size.width * clip.height / (size.height * clip.width)))
 
 
-def _enlargement(size: Size, clip: VideoFacts) -> float:
-    """The factor by which the clip is scaled to cover the size."""
+def enlargement(size: Size, clip: VideoFacts) -> float:
+    """The factor by which a clip is scaled to cover the size; below 1 it is made smaller."""
     return max(size.height / clip.height, size.width / clip.width)
 
 
