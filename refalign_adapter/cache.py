@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from .errors import ConfigError, UserError
 from .progress import progress_bar
+from .signals import ended_by_signals, stopping_means, tell
 
 if TYPE_CHECKING:
     from .data.options import CacheOptions
@@ -75,7 +76,16 @@ def _options(config: str | Path, overrides: Sequence[str]) -> CacheOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code: 0, or 2 for a user's mistake.
+
+    Raises:
+        SystemExit: 128 + n after signal n.
+    """
+    with ended_by_signals(), stopping_means("run the same command again to go on"):
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m refalign_adapter.cache",
         description="Encode clips, references and captions once, so that training needs the transformer alone.",
@@ -98,11 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Lists of problems are the same on every process.
         if not isinstance(error, ConfigError) or int(os.environ.get("RANK", 0)) == 0:
             for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
+                tell(f"error: {line}")
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .errors import UserError
+from .signals import ended_by_signals, stopping_means, tell
 
 app = typer.Typer(
     name="refalign",
@@ -33,13 +32,14 @@ Overrides = Annotated[
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a user's mistake is printed as plain lines and exits with 2."""
-    _quiet_libraries()
-    try:
-        app(args=arguments)
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+    with ended_by_signals():
+        _quiet_libraries()
+        try:
+            app(args=arguments)
+        except UserError as error:
+            for line in str(error).splitlines():
+                tell(f"error: {line}")
+            sys.exit(2)
 
 
 def _quiet_libraries() -> None:
@@ -47,16 +47,6 @@ def _quiet_libraries() -> None:
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-@contextmanager
-def _stopped_by_user(outcome: str) -> Iterator[None]:
-    """Ctrl-C ends a command with one line that says what that means, and with 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"interrupted; {outcome}", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 def _version(show: bool) -> None:
@@ -129,7 +119,7 @@ def data_check(
     """
     from .data_check import run
 
-    with _stopped_by_user("no report was written"):
+    with stopping_means("no report was written"):
         run(config, overrides or [], output=output, sheets=sheets, workers=workers)
 
 
@@ -144,7 +134,7 @@ def cache(
     """Encode clips, references and captions once, so that training needs the transformer alone."""
     from .cache import look_after, run
 
-    with _stopped_by_user("run the same command again to go on"):
+    with stopping_means("run the same command again to go on"):
         if verify or prune:
             look_after(config, overrides or [], verify=verify, prune=prune)
         else:
@@ -200,10 +190,11 @@ def generate(
     options = GenerateOptions(
         **{name: values[name] for name in GenerateOptions.__dataclass_fields__ if name in values}
     )
-    if prompts is not None:
-        generate_many(options, prompts, output, report=print)
-    else:
+    if prompts is None:
         print(generate_one(options, prompt or "", reference or [], output))
+        return
+    with stopping_means("finished videos are whole; run the same command again to go on"):
+        generate_many(options, prompts, output, report=print)
 
 
 @app.command()
@@ -237,7 +228,7 @@ def estimate(
 
     asked = Asked(processes, gpu_memory, rows, step_time, measure)
     recipe = load_recipe(config, overrides or [])
-    with _stopped_by_user("nothing was written"), Console(stderr=True).status("") as status:
+    with Console(stderr=True).status("") as status:
         found = make_estimate(recipe, asked, status.update)
     if json:
         print(json_module.dumps(to_json(found), indent=2))
@@ -255,7 +246,8 @@ def demo(
     """Draw a small world, train an adapter in it, generate with it, and write a report."""
     from .world.demo import DemoOptions, run_demo
 
-    run_demo(DemoOptions(output=output, seed=seed))
+    with stopping_means("the same command goes on from here"):
+        run_demo(DemoOptions(output=output, seed=seed))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
-from .files import read_json, write_json
+from .json_files import read_json, write_json
 
 CONFIG_NAME = "refalign_config.json"
 DEFAULT_TEACHER = "facebook/dinov2-base"

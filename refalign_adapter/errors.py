@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Bad input: one line that names the field, the value received and the way out."""
 
 
+class WriteError(UserError):
+    """A file that could not be written: a full disk, a read-only or vanished folder. What was there is whole."""
+
+
 class ConfigError(UserError):
     """All problems of one configuration at once.
 

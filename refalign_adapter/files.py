@@ -1,17 +1,43 @@
-"""Atomic writes and safe reads. What is written is there whole or not at all; what is read is never a pickle."""
+"""Atomic writes. What is written is there whole or not at all, and a write that fails is one clear line.
 
-import json
+Temporary files are named `.<name>.<host>.<process>.tmp`, so that the next run can tell those of dead processes from
+those of live ones, see `remove_leftovers`.
+"""
+
+from __future__ import annotations
+
+import errno
 import os
+import re
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from .errors import UserError
+from .errors import UserError, WriteError
+from .exchange import exchange
 
 PICKLE_SUFFIXES = {".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"}
+HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:32] or "host"
+ABANDONED = 86_400.0
+"""Seconds after which a temporary file of another host is taken to be a dead process's."""
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[\w-]+)\.(?P<process>\d+)\.(?P<kind>tmp|old)(?P<suffix>\.\w+)?")
+_OLDER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<kind>tmp|old)(?P<suffix>\.\w+)?")
+"""As versions before 0.2 named them."""
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries written in Rust (safetensors) tell what the system said."""
+ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EROFS: "choose a folder that is not read-only",
+    errno.EACCES: "choose a writable folder",
+    errno.EPERM: "choose a writable folder",
+    errno.ENOENT: "its folder is gone; make it again or choose another",
+}
+"""What the system says -> the way out."""
 
 
 def require_writable_folder(path: str | Path, field: str = "output") -> Path:
@@ -25,26 +51,66 @@ def require_writable_folder(path: str | Path, field: str = "output") -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"{field}: cannot write to {str(folder)!r} ({reason}); choose a writable folder") from None
     return folder
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def writing(path: str | Path) -> Iterator[None]:
+    """What the system refuses inside the context becomes one line that names `path`.
+
+    Raises:
+        WriteError: the disk is full, the folder read-only or gone, or the like.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or (number := system_error(error)) is None:
+            raise
+        reason, advice = os.strerror(number) if number else str(error), ADVICE.get(number, "look after that disk")
+        raise WriteError(f"cannot write {str(path)!r} ({reason}); {advice}") from error
+
+
+def system_error(error: BaseException) -> int | None:
+    """The system's error number behind an exception, 0 where it has none; None when the system is not to blame."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if type(error).__name__ == "SafetensorError" and (found := _SYSTEM_ERROR.search(str(error))):
+        return int(found[1])
+    return None
+
+
+@contextmanager
+def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any exception it is removed.
 
-    The temporary file keeps `path`'s suffix, so that writers that look at it (video, image) see the real format.
+    The temporary file keeps `path`'s suffix, so that writers that look at it (video, image) see the real format. The
+    file gets the mode that the process's umask gives, whichever its writer chose.
+
+    Args:
+        path: the file.
+        durable: whether it must survive a power cut once this returns; what can be made again need not.
+
+    Raises:
+        WriteError: it cannot be written. An older file is as it was.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    temporary = _temporary(target, "tmp")
     try:
-        yield temporary
-        os.replace(temporary, target)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            _settle(temporary, mode, durable)
+            os.replace(temporary, target)
+            if durable:
+                _sync(target.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -52,57 +118,128 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; on success it replaces `path`, on any exception it is removed.
 
     Of an existing folder, what the new one does not contain is kept: a user may save into a folder with files of their
-    own. The old version is moved aside first and deleted last, so at every moment one whole version is on disk.
+    own. Both change places in one step where the file system can; elsewhere the old one is moved aside first and
+    deleted last, so that at every moment one whole version is on disk. It survives a power cut once this returns.
 
     Raises:
         UserError: `path` is a file.
+        WriteError: it cannot be written. An older folder is as it was.
     """
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{str(path)!r} is a file; choose a folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    previous = target.with_name(f".{target.name}.{os.getpid()}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = _temporary(target, "tmp")
     try:
-        yield temporary
-        if target.exists():
-            _swap(temporary, target, previous)
-        else:
-            os.replace(temporary, target)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            _settle_all(temporary)
+            if target.exists():
+                _adopt(target, temporary)
+                _swap(temporary, target)
+            else:
+                os.replace(temporary, target)
+            _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _swap(new: Path, target: Path, previous: Path) -> None:
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete what killed processes left half-written directly in `folder`, and put back what one had moved aside.
+
+    What a live process of this machine is writing stays, and so does what another machine may still be writing.
+    """
+    with suppress(OSError):
+        for path in sorted(Path(folder).glob(".*.*")):
+            if (found := _TEMPORARY.fullmatch(path.name) or _OLDER.fullmatch(path.name)) and _is_dead(path, found):
+                target = path.with_name(found["name"] + (found["suffix"] or ""))
+                if found["kind"] == "old" and not target.exists():
+                    os.replace(path, target)
+                elif path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def _is_dead(path: Path, found: re.Match[str]) -> bool:
+    if found.groupdict().get("host") not in (None, HOST):
+        return time.time() - path.lstat().st_mtime > ABANDONED
+    try:
+        os.kill(int(found["process"]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # of another user
+        return False
+    return int(found["process"]) == 0
+
+
+def _temporary(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.stem}.{HOST}.{os.getpid()}.{kind}{target.suffix}")
+
+
+def _settle_all(folder: Path) -> None:
+    """Modes and durability of everything in a folder."""
+    probe = folder / f".{os.getpid()}.probe"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            _sync(path)
+        else:
+            _settle(path, mode, durable=True)
+    _sync(folder)
+
+
+def _settle(path: Path, mode: int, durable: bool) -> None:
+    os.chmod(path, mode)
+    if durable:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # a file system that cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _adopt(old: Path, new: Path) -> None:
+    """Have `new` contain what `old` alone contains, by links where the file system has them: nothing is moved away."""
+    for entry in old.iterdir():
+        if not os.path.lexists(new / entry.name):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+            else:
+                _link(entry, new / entry.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`; the old version is at `new`'s place then, or gone."""
+    if exchange(new, target):
+        return
+    previous = _temporary(target, "old")
     os.replace(target, previous)
     try:
         os.replace(new, target)
     except BaseException:
         os.replace(previous, target)
         raise
-    for entry in previous.iterdir():
-        if not (target / entry.name).exists():
-            os.replace(entry, target / entry.name)
-    shutil.rmtree(previous)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path: str | Path, field: str = "file") -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: the file is missing, unreadable or not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{field}: {str(path)!r} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{field}: {str(path)!r} is not readable JSON ({error})") from None
+    shutil.rmtree(previous, ignore_errors=True)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from .errors import UserError
+from .signals import ended_by_signals, stopping_means, tell
 
 
 class _RecipeHelp(argparse.Action):
@@ -41,7 +42,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 128 + n after signal n."""
+    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 128 + n after signal n in training.
+
+    Raises:
+        SystemExit: 128 + n after signal n before training began or after it.
+    """
+    with ended_by_signals(), stopping_means("the last checkpoint, if there is one, is whole"):
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of CPU kernels that training does not use
     process = int(os.environ.get("RANK", 0))
@@ -60,17 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tell(error, f"[process {process}] " if process else "")
     except Interrupted as stop:
         if process == 0:
-            print(stop, file=sys.stderr)
+            tell(str(stop))
         return stop.exit_code
-    except KeyboardInterrupt:
-        print("stopped; the last checkpoint, if there is one, is whole", file=sys.stderr)
-        return 130
     return 0
 
 
 def _tell(error: UserError, prefix: str = "") -> int:
     for line in str(error).splitlines():
-        print(f"{prefix}error: {line}", file=sys.stderr)
+        tell(f"{prefix}error: {line}")
     return 2
 
 

@@ -14,6 +14,7 @@ from refalign_adapter.cache import main
 from refalign_adapter.data.dataset import open_cache
 from refalign_adapter.data.digests import DIGESTS_NAME
 from refalign_adapter.data.options import options_of
+from refalign_adapter.signals import Stopped
 from refalign_adapter.training.config import Recipe
 from refalign_adapter.training.recipe_file import load_recipe
 
@@ -101,12 +102,13 @@ def test_ctrl_c_is_one_line_and_the_next_run_goes_on(recipe, tmp_path, capsys, m
 
     def interrupted(self, row, prepared):
         if row.line == 3:
-            raise KeyboardInterrupt
+            raise Stopped(2)
         return encode_row(self, row, prepared)
 
     with monkeypatch.context() as patch:
         patch.setattr(encode.RowEncoder, "encode", interrupted)
-        assert main(arguments) == 130
+        with pytest.raises(SystemExit, match="130"):
+            main(arguments)
     assert "interrupted; run the same command again to go on" in capsys.readouterr().err
     assert main(arguments) == 0
     assert "9 parts made, 12 were there" in capsys.readouterr().out

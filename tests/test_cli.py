@@ -12,6 +12,7 @@ from tiny_models import save_tiny_pipeline, tiny_dinov2, tiny_transformer
 
 import refalign_adapter as ra
 from refalign_adapter.cli import main
+from refalign_adapter.signals import Stopped
 
 SMALL = ["--height", "32", "--width", "32", "--num-frames", "5", "--num-inference-steps", "1"]
 
@@ -262,18 +263,18 @@ def test_every_command_has_help(run):
     [
         ("cache", "refalign_adapter.cache.run", "interrupted; run the same command again to go on"),
         ("data check", "refalign_adapter.data_check.run", "interrupted; no report was written"),
-        ("estimate", "refalign_adapter.training.recipe_file.load_recipe", None),
+        ("estimate", "refalign_adapter.training.recipe_file.load_recipe", "interrupted; nothing was written"),
     ],
 )
 def test_ctrl_c_says_in_one_line_what_it_means(run, monkeypatch, command, called, line):
     def interrupted(*_, **__):
-        raise KeyboardInterrupt
+        raise Stopped(2)
 
     monkeypatch.setattr(called, interrupted)
     status, out, errors = run(*command.split(), "--config", "recipe.yaml")
     assert status == 130
     assert out == ""
-    assert errors.splitlines() == ([line] if line else [])
+    assert errors.splitlines() == [line]
 
 
 def test_a_mistake_ends_a_real_process_with_plain_lines(world):

@@ -10,6 +10,7 @@ import yaml
 from refalign_adapter import data_check
 from refalign_adapter.cli import main
 from refalign_adapter.data import inspection
+from refalign_adapter.signals import Stopped
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_ctrl_c_is_one_line_and_no_report(run, folder, monkeypatch, capsys):
 
     def interrupted(row, options):
         if row.line == 3:
-            raise KeyboardInterrupt
+            raise Stopped(2)
         return inspect_row(row, options)
 
     monkeypatch.setattr(inspection, "inspect_row", interrupted)

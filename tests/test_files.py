@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -6,8 +7,10 @@ import textwrap
 
 import pytest
 
-from refalign_adapter.errors import ConfigError, UserError
-from refalign_adapter.files import atomic_file, atomic_folder, read_json, require_writable_folder, write_json
+from refalign_adapter import files
+from refalign_adapter.errors import ConfigError, UserError, WriteError
+from refalign_adapter.exchange import exchange
+from refalign_adapter.files import HOST, atomic_file, atomic_folder, remove_leftovers, require_writable_folder, writing
 
 
 def names(folder):
@@ -117,11 +120,12 @@ def test_folder_comes_back_when_the_swap_fails(tmp_path, monkeypatch):
 
     def fail_on_new(source, destination):
         if str(source).endswith(".tmp"):
-            raise OSError("disk full")
+            raise OSError(errno.ENOSPC, "")
         replace(source, destination)
 
     monkeypatch.setattr(os, "replace", fail_on_new)
-    with pytest.raises(OSError, match="disk full"), atomic_folder(target) as temporary:
+    monkeypatch.setattr(files, "exchange", lambda *_: False)  # a file system that cannot
+    with pytest.raises(WriteError, match="No space left on device"), atomic_folder(target) as temporary:
         (temporary / "weights").write_text("new")
     assert (target / "weights").read_text() == "old"
     assert names(tmp_path) == ["adapter"]
@@ -153,31 +157,6 @@ def test_killed_writer_leaves_the_old_version(tmp_path, writer):
     assert content.read_text() == "old"
 
 
-def test_json_round_trip(tmp_path):
-    value = {"r": 64, "teachers": ["dinov2"], "base": None, "name": "Läufer"}
-    write_json(tmp_path / "config.json", value)
-    assert read_json(tmp_path / "config.json") == value
-    assert (tmp_path / "config.json").read_text(encoding="utf-8").endswith("\n")
-
-
-def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
-    write_json(tmp_path / "config.json", 1)
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "config.json", object())
-    assert read_json(tmp_path / "config.json") == 1
-    assert names(tmp_path) == ["config.json"]
-
-
-def test_unreadable_json_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match=r"^config: .*absent\.json' does not exist$"):
-        read_json(tmp_path / "absent.json", "config")
-    (tmp_path / "half.json").write_text('{"r": ')
-    (tmp_path / "image.json").write_bytes(b"\x89PNG\xff")
-    for path in (tmp_path / "half.json", tmp_path / "image.json", tmp_path):
-        with pytest.raises(UserError, match=r"^config: .* is not readable JSON \(.+\)$"):
-            read_json(path, "config")
-
-
 def test_config_error_names_every_problem_with_its_source():
     problems = ["r must be at least 1, got 0", "attention must be 'joint', got 'both'"]
     assert str(ConfigError(problems)) == "\n".join(problems)
@@ -187,3 +166,98 @@ def test_config_error_names_every_problem_with_its_source():
     assert error.source == "train.yaml"
     assert isinstance(error, UserError)
     assert issubclass(UserError, ValueError)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_that_is_replaced_keeps_the_users_files_and_links(tmp_path, monkeypatch, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr(files, "exchange", lambda *_: False)
+    target = tmp_path / "adapter"
+    (target / "notes" / "deep").mkdir(parents=True)
+    (target / "notes" / "deep" / "mine.txt").write_text("mine")
+    (target / "link").symlink_to("notes")
+    (target / "weights").write_text("old")
+    with atomic_folder(target) as temporary:
+        (temporary / "weights").write_text("new")
+    assert (target / "weights").read_text() == "new"
+    assert (target / "link" / "deep" / "mine.txt").read_text() == "mine"
+    assert (target / "link").is_symlink()
+    assert names(tmp_path) == ["adapter"]
+
+
+def test_two_folders_change_places(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system exchanges no paths")
+    assert (names(tmp_path / "a"), names(tmp_path / "b")) == (["b"], ["a"])
+    assert not exchange(tmp_path / "a", tmp_path / "absent")
+    assert names(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_get_the_mode_of_the_umask_whatever_their_writer_chose(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with atomic_file(tmp_path / "a") as temporary:
+            temporary.unlink()
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+        with atomic_folder(tmp_path / "folder") as temporary:
+            (temporary / "below").mkdir()
+            os.close(os.open(temporary / "below" / "b", os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "folder/below/b")]
+    assert modes == [0o666 & ~umask] * 2
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+ENDINGS = [
+    (errno.ENOSPC, "No space left on device", "free some space"),
+    (errno.EDQUOT, "Disk quota exceeded", "free some of your quota"),
+    (errno.EROFS, "Read-only file system", "choose a folder that is not read-only"),
+    (errno.ENOENT, "No such file or directory", "its folder is gone; make it again or choose another"),
+    (errno.EIO, "Input/output error", "look after that disk"),
+]
+
+
+@pytest.mark.parametrize(("number", "reason", "advice"), ENDINGS)
+def test_a_write_that_fails_is_one_line(tmp_path, number, reason, advice):
+    from safetensors import SafetensorError
+
+    for error in (OSError(number, ""), SafetensorError(f"Error while serializing: I/O error (os error {number})")):
+        for writer, name in ((atomic_file, ""), (atomic_folder, "weights")):
+            with pytest.raises(WriteError) as told:
+                write_half(writer(tmp_path / "target"), name, error)
+            assert str(told.value) == f"cannot write {str(tmp_path / 'target')!r} ({reason}); {advice}"
+            assert names(tmp_path) == []
+
+
+def test_what_is_no_failed_write_stays_what_it_is(tmp_path):
+    from safetensors import SafetensorError
+
+    for error in (KeyError("a"), SafetensorError("header too large"), UserError("r must be 1"), MemoryError()):
+        with pytest.raises(type(error)) as raised, writing(tmp_path):
+            raise error
+        assert raised.value is error
+
+
+def test_leftovers_of_dead_processes_go_and_those_of_live_ones_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here, there = f"{HOST}.{dead.pid}", "another-host.1"
+    for name in (f".a.{here}.tmp", f".a.{os.getpid()}.tmp", f".b.{HOST}.{os.getpid()}.tmp.mp4", f".c.{there}.tmp"):
+        (tmp_path / name).write_text("half")
+    for name in (f".adapter.{here}.old", f".kept.{here}.old", f".d.{dead.pid}.tmp", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    (tmp_path / ".hidden.file").touch()
+    remove_leftovers(tmp_path)
+    live = [f".a.{os.getpid()}.tmp", f".b.{HOST}.{os.getpid()}.tmp.mp4"]
+    assert names(tmp_path) == sorted([*live, f".c.{there}.tmp", ".hidden.file", "adapter", "kept"])
+    assert (tmp_path / "adapter" / "weights").read_text() == f".adapter.{here}.old"
+    os.utime(tmp_path / f".c.{there}.tmp", (0, 0))
+    remove_leftovers(tmp_path)
+    assert not (tmp_path / f".c.{there}.tmp").exists()
+    remove_leftovers(tmp_path / "absent")

@@ -17,7 +17,7 @@ PACKAGE = "refalign_adapter"
 ROOT = Path(refalign_adapter.__file__).parent
 
 LAYERS = [
-    {"errors", "files", "config", "batch"},
+    {"errors", "exchange", "files", "json_files", "tensor_files", "signals", "hub", "config", "batch"},
     {"flow", "alignment"},
     {"teachers", "families"},
     {"export"},

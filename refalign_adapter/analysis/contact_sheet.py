@@ -25,7 +25,8 @@ from ..data.prefetch import in_workers
 from ..data.rows import Reference
 from ..data.summary import FINDINGS, Table, summarize
 from ..errors import UserError
-from ..files import atomic_folder, require_writable_folder, write_json
+from ..files import atomic_folder, require_writable_folder
+from ..json_files import write_json
 from .thumbnails import RowThumbnails, ThumbnailWriter
 
 TEMPLATE = "contact_sheet.html"

@@ -18,7 +18,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
 from ..errors import ConfigError, UserError
-from ..files import require_writable_folder, write_json
+from ..files import require_writable_folder
+from ..json_files import write_json
 from .digests import FileDigests
 from .encode import RowEncoder, RowPreparer, plans_of
 from .encoders import Encoders, load_encoders

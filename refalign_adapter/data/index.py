@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import atomic_file, read_json
+from ..files import atomic_file
+from ..json_files import read_json
 from .options import ADDED
 
 META_NAME = "meta.json"

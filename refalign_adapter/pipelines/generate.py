@@ -14,7 +14,8 @@ import torch
 from ..data.video import write_video
 from ..errors import ConfigError, UserError
 from ..export.adapter import find_adapter, weights_path
-from ..files import read_json, require_writable_folder, write_json
+from ..files import require_writable_folder
+from ..json_files import read_json, write_json
 from .guidance import ALL_STEPS
 from .options import GenerateOptions, check_models, load_pipeline, process_device
 from .prompts import Prompt, read_prompts, reference_problems

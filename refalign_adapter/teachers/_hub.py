@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..files import read_json
+from ..json_files import read_json
 
 UNGATED_TEACHER = "facebook/dinov2-base"
 FILES = ["config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors", "model*.index.json"]

@@ -31,7 +31,8 @@ from ..branch.attach import ReferenceBranch
 from ..config import RefAlignConfig
 from ..errors import UserError
 from ..export.adapter import adapter_state, find_adapter, read_weights
-from ..files import atomic_folder, read_json, write_json
+from ..files import atomic_folder
+from ..json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel

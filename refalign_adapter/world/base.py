@@ -7,7 +7,8 @@ Unpacking writes the folder that diffusers or transformers load. `pretrain.py` m
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import atomic_folder, read_json, write_json
+from ..files import atomic_folder
+from ..json_files import read_json, write_json
 
 ASSETS = Path(__file__).parent / "assets"
 

@@ -29,7 +29,8 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import ConfigError, UserError
-from ..files import atomic_file, read_json, require_writable_folder, write_json
+from ..files import atomic_file, require_writable_folder
+from ..json_files import read_json, write_json
 from .processes import run_module
 
 RECIPE = "demo/isolated"
@@ -89,7 +90,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> Path:
 
     Raises:
         UserError: extras are missing, the folder holds something else, or a stage failed.
-        KeyboardInterrupt: by Ctrl-C; running it again goes on.
+        Stopped: by a signal; running it again goes on.
     """
     console = console or Console()
     _check_extras()
@@ -102,11 +103,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> Path:
             continue
         console.print(heading)
         started = time.perf_counter()
-        try:
-            run(options)
-        except KeyboardInterrupt:
-            console.print("Stopped. The same command goes on from here.", style="yellow")
-            raise
+        run(options)
         state["seconds"][name] = round(time.perf_counter() - started, 1)
         write_json(options.folder / STATE, state)
         console.print(f"    {state['seconds'][name]} s", style="dim")

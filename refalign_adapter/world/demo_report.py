@@ -14,7 +14,7 @@ from ..analysis.features import project
 from ..analysis.report import Report, Section, code, plot, sample_table, sensitivity_answer, value_table, write_report
 from ..analysis.samples import Sample, write_animation
 from ..export.adapter import weights_path
-from ..files import write_json
+from ..json_files import write_json
 from ..training.tracking import METRICS_NAME, read_metrics
 from .demo_measure import FeatureViews, Measured
 from .demo_samples import read_jobs

@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
-from ..files import read_json, write_json
+from ..json_files import read_json, write_json
 from .base import pack
 from .pretrain_teacher import PREPROCESSOR, draw_stills, retrieval_accuracy, train_teacher
 from .pretrain_transformer import SHIFT, TextToVideo, train_text_to_video

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import psutil
 
 from ..errors import UserError
+from ..signals import NUMBERS, Stopped
 
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.05
@@ -34,7 +35,7 @@ def run_module(module: str, *arguments: object, quiet: bool = False) -> None:
 
     Raises:
         UserError: it failed; it has printed why.
-        KeyboardInterrupt: it was interrupted.
+        Stopped: a signal ended it.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
     process = subprocess.Popen(
@@ -48,8 +49,8 @@ def run_module(module: str, *arguments: object, quiet: bool = False) -> None:
         _stop(process.pid)
         process.wait()
         raise
-    if code in (130, -2):
-        raise KeyboardInterrupt
+    if (number := code - 128 if code > 128 else -code) in NUMBERS:
+        raise Stopped(number)
     if code:
         raise UserError(f"{_name(module, arguments)} failed with exit code {code}; its own message is above")
 

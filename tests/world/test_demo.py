@@ -18,6 +18,7 @@ from rich.console import Console
 from refalign_adapter import ConfigError, RefAlignConfig, UserError
 from refalign_adapter.analysis.sensitivity import Sensitivity
 from refalign_adapter.data.video import write_video
+from refalign_adapter.signals import Stopped
 from refalign_adapter.training.recipe_file import load_recipe
 from refalign_adapter.world import demo
 from refalign_adapter.world.demo import DemoOptions, run_demo
@@ -71,11 +72,11 @@ def test_stages_run_once_in_order(calls: list[str], tmp_path: Path, capsys: pyte
 
 def test_goes_on_after_an_interruption(calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(options: DemoOptions) -> None:
-        raise KeyboardInterrupt
+        raise Stopped(2)
 
     whole = dict(demo.STAGES)
     monkeypatch.setitem(demo.STAGES, "training", ("training", interrupted))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         run_demo(DemoOptions(tmp_path), Console(quiet=True))
     monkeypatch.setattr(demo, "STAGES", whole)
     run_demo(DemoOptions(tmp_path), Console(quiet=True))
@@ -175,7 +176,7 @@ import sys
 from refalign_adapter.world.demo import DemoOptions, run_demo
 try:
     run_demo(DemoOptions(sys.argv[1], train_clips=16, eval_clips=16, steps=12))
-except KeyboardInterrupt:
+except KeyboardInterrupt:  # of a process that has installed no handlers
     sys.exit(130)
 """
 
