@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .config_checks import field_problems, is_plain
+from .errors import ConfigError, UserError, shorten
 from .json_files import read_json, write_json
 
 CONFIG_NAME = "refalign_config.json"
 DEFAULT_TEACHER = "facebook/dinov2-base"
-ATTENTIONS = {"joint": ("all",), "isolated": ("reference", "all")}
-"""Attention -> the LoRA scopes it can have."""
-LAST_FRAME = 1000
-"""Rotary tables of video DiTs end a little later (Wan: 1,024 frames)."""
+FORMAT = 1
+"""Raised when an adapter folder says something that an older version of this package would read wrongly."""
+FORMAT_KEY, WRITER_KEY = "format_version", "refalign_adapter_version"
+MAX_BYTES = 2**20
+"""Of the file; an adapter with patterns for every layer of a large model has some ten thousand bytes."""
+PACKAGE = "refalign-adapter"
 
 
 @dataclass(frozen=True)
@@ -72,69 +78,9 @@ class RefAlignConfig:
             value = getattr(self, name)
             if isinstance(value, (list, set)):
                 object.__setattr__(self, name, tuple(value))
-        if problems := [*self._attention_problems(), *self._lora_problems(), *self._alignment_problems()]:
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        if problems := list(field_problems(values)):
             raise ConfigError(problems)
-
-    def _attention_problems(self) -> list[str]:
-        if self.attention not in ATTENTIONS:
-            return [f"attention must be one of {sorted(ATTENTIONS)}, got {self.attention!r}"]
-        scopes = ATTENTIONS[self.attention]
-        if self.lora_scope not in scopes:
-            return [
-                f"lora_scope must be one of {list(scopes)} with attention={self.attention!r}, got {self.lora_scope!r}"
-            ]
-        return self._reference_problems()
-
-    def _reference_problems(self) -> list[str]:
-        problems = []
-        frame, scale = self.reference_frame, self.reference_scale
-        if frame is not None and (not _is_int(frame) or not 0 <= frame < LAST_FRAME):
-            problems.append(f"reference_frame must be an integer in [0, {LAST_FRAME}) or null, got {frame!r}")
-        if not _is_number(scale) or not 0 < scale <= 1:
-            problems.append(f"reference_scale must be in (0, 1], got {scale!r}")
-        if not isinstance(self.drop_background, bool):
-            problems.append(f"drop_background must be true or false, got {self.drop_background!r}")
-        if self.attention == "joint":
-            changed = {"reference_frame": frame is not None, "reference_scale": scale != 1}
-            changed["drop_background"] = self.drop_background is True
-            problems += [
-                f"{name} needs attention='isolated', got {getattr(self, name)!r} with 'joint'"
-                for name, is_set in changed.items()
-                if is_set
-            ]
-        return problems
-
-    def _lora_problems(self) -> list[str]:
-        problems = []
-        if not _is_int(self.r) or self.r < 1:
-            problems.append(f"r must be an integer of at least 1, got {self.r!r}")
-        if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
-            problems.append(f"lora_alpha must be a positive number, got {self.lora_alpha!r}")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
-        if self.target_modules is not None and not self.target_modules:
-            problems.append("target_modules must name at least one module, got none; leave it out for the default")
-        return problems
-
-    def _alignment_problems(self) -> list[str]:
-        problems = []
-        layers = self.align_layers
-        if _is_int(layers):
-            valid = layers >= 0  # type: ignore[operator]
-        else:
-            valid = isinstance(layers, tuple) and all(_is_int(layer) and layer >= 0 for layer in layers)
-            valid = valid and len(set(layers)) == len(layers)  # type: ignore[arg-type]
-        if not valid:
-            problems.append(f"align_layers must be a count or a list of distinct block indices >= 0, got {layers!r}")
-        if isinstance(self.teachers, str) or not all(isinstance(name, str) and name for name in self.teachers):
-            problems.append(f"teachers must be a list of model ids or folders, got {self.teachers!r}")
-        elif len(set(self.teachers)) != len(self.teachers):
-            problems.append(f"teachers must be distinct, got {list(self.teachers)!r}")
-        elif valid and layers not in (0, ()) and not self.teachers:
-            problems.append("teachers must name at least one encoder while align_layers is not 0")
-        if not _is_int(self.max_sequence_length) or self.max_sequence_length < 1:
-            problems.append(f"max_sequence_length must be an integer of at least 1, got {self.max_sequence_length!r}")
-        return problems
 
     def align_blocks(self, num_blocks: int) -> tuple[int, ...]:
         """Block indices to align in a model of `num_blocks` blocks, ascending.
@@ -142,11 +88,11 @@ class RefAlignConfig:
         Raises:
             ConfigError: a block that the model does not have.
         """
-        layers = range(self.align_layers) if isinstance(self.align_layers, int) else self.align_layers
-        blocks = tuple(sorted(layers))
-        if blocks and blocks[-1] >= num_blocks:
-            raise ConfigError([f"align_layers reaches block {blocks[-1]}, but the model has {num_blocks} blocks"])
-        return blocks
+        layers = self.align_layers
+        last = layers - 1 if isinstance(layers, int) else max(layers, default=-1)
+        if last >= num_blocks:  # compared before a count is expanded
+            raise ConfigError([f"align_layers reaches block {last}, but the model has {num_blocks} blocks"])
+        return tuple(range(layers)) if isinstance(layers, int) else tuple(sorted(layers))
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON types that `from_dict` reads back."""
@@ -174,29 +120,64 @@ class RefAlignConfig:
         return config
 
     def save(self, folder: str | Path) -> None:
-        """Write `refalign_config.json` into `folder`, atomically."""
-        write_json(Path(folder) / CONFIG_NAME, self.to_dict())
+        """Write `refalign_config.json` into `folder`, atomically, with the format's version and the package's.
+
+        Of a base or teacher in a local folder, the folder's own name is written: its path helps nobody else.
+        """
+        values = {FORMAT_KEY: FORMAT, WRITER_KEY: metadata.version(PACKAGE), **self.to_dict()}
+        values["base_model"] = self.base_model and public_name(self.base_model)
+        values["teachers"] = list(dict.fromkeys(map(public_name, self.teachers)))
+        write_json(Path(folder) / CONFIG_NAME, values)
 
     @classmethod
     def load(cls, folder: str | Path) -> RefAlignConfig:
-        """Read `refalign_config.json` from `folder`.
+        """Read `refalign_config.json` from `folder`. What it says of layers are names: no pattern from a file is run.
 
         Raises:
-            UserError: no such file, not JSON, or not a valid config.
+            UserError: no such file, not JSON, of a newer format, or not a valid config.
         """
         path = Path(folder) / CONFIG_NAME
-        return cls.from_dict(read_json(path, "adapter"), source=str(path))
+        values = read_values(path)
+        named = {"target_modules": values.get("target_modules"), "rank_pattern": values.get("rank_pattern")}
+        named["alpha_pattern"] = values.get("alpha_pattern")
+        for name, value in named.items():
+            if isinstance(value, str) or (isinstance(value, dict | list) and not all(map(is_plain, value))):
+                raise UserError(
+                    f"{path}: {name} holds a regular expression, and those of a file are not run; load the whole "
+                    "folder with load_adapter, which takes the layers from the weights"
+                )
+        return cls.from_dict(values, source=str(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The fields in a `refalign_config.json`, not checked yet; the versions are taken out.
+
+    Raises:
+        UserError: no such file, not a JSON object, or of a newer format.
+    """
+    values = read_json(path, "adapter", max_bytes=MAX_BYTES)
+    if not isinstance(values, dict):
+        raise ConfigError([f"expected a mapping of fields, got {type(values).__name__}"], str(path))
+    form, writer = values.pop(FORMAT_KEY, FORMAT), values.pop(WRITER_KEY, None)
+    if type(form) is not int or form < 1:
+        raise ConfigError([f"{FORMAT_KEY} must be a positive integer, got {shorten(form)}"], str(path))
+    if form > FORMAT:
+        known = isinstance(writer, str) and re.fullmatch(r"\d[\w.+-]{0,30}", writer)
+        wanted = f"'{PACKAGE}>={writer}'" if known else f"-U {PACKAGE}"
+        raise UserError(
+            f"adapter: {str(path)!r} has format {shorten(form)}, newer than what {metadata.version(PACKAGE)} "
+            f"reads; pip install {wanted}"
+        )
+    return values
+
+
+def public_name(name: str) -> str:
+    """A Hub id as it is; of a local folder its own name."""
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".")
+    return name if is_id and not Path(name).exists() else os.path.basename(os.path.abspath(name)) or "local"
 
 
 def unknown_key(name: str, known: Sequence[str]) -> str:
     """One line for a key that does not exist, with the nearest one that does."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"{name} is no known field" + (f"; did you mean {close[0]}?" if close else "")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    close = difflib.get_close_matches(str(name)[:100], known, n=1)
+    return f"{str(name)[:100]} is no known field" + (f"; did you mean {close[0]}?" if close else "")

@@ -1,5 +1,10 @@
 """Errors a user can cause. The command line prints them as plain lines, without a traceback."""
 
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
 
 class UserError(ValueError):
     """Bad input: one line that names the field, the value received and the way out."""
@@ -22,3 +27,18 @@ class ConfigError(UserError):
         self.source = source
         head = f"{source}: " if source else ""
         super().__init__("\n".join(f"{head}{problem}" for problem in self.problems))
+
+
+def shorten(value: Any, length: int = 120) -> str:
+    """`repr` of a value for a message: cut in the middle when long, in depth and number of items as well.
+
+    Not all of a huge or deeply nested value is visited.
+    """
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxtuple, short.maxset, short.maxdict = 3, 8, 8, 8, 8
+    short.maxstring = short.maxother = short.maxlong = length
+    try:
+        text = short.repr(value)
+    except ValueError:  # an integer with more digits than Python writes out
+        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-length // 4 :]}"

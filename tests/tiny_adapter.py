@@ -1,5 +1,6 @@
 """Small adapters with random weights that make a visible difference, and what compares two states of a transformer."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from PIL import Image
 from tiny_models import tiny_transformer
 
 import refalign_adapter as ra
+from refalign_adapter.export.formats import FORMATS
 
 SIZE = {"height": 32, "width": 48, "num_frames": 5}
 """Of the smallest interesting video: 2 latent frames of 4 x 6, 2 x 3 tokens each."""
@@ -30,6 +32,12 @@ def save_tiny_adapter(folder: str | Path, transformer: Any = None, **changes: An
     branch.save_pretrained(folder)
     branch.detach()
     return Path(folder)
+
+
+def weights_of(folder: str | Path) -> Path:
+    """The weights file that belongs to the configuration in an adapter folder, whether it is there or not."""
+    scope = json.loads((Path(folder) / "refalign_config.json").read_text())["lora_scope"]
+    return Path(folder) / FORMATS[scope].file_name
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 24), mode: str = "RGB") -> Image.Image:

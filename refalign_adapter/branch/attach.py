@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RefAlignConfig
-from ..errors import UserError
+from ..errors import UserError, shorten
 from ..export.adapter import save_adapter
 from ..export.formats import require_scope_all
 from ..export.hub import push_adapter
@@ -48,6 +48,7 @@ class ReferenceBranch:
         align_blocks: indices of the blocks whose reference tokens are captured.
         fingerprint: called, says what besides the base decides the keys and values of references.
         merged: whether the LoRA is part of the transformer's weights for good; set by whoever merges it.
+        weights_digest: sha256 of the weights it was loaded with; "" of one that was attached.
     """
 
     def __init__(self, transformer: Any, config: RefAlignConfig, family: Family, adapter_name: str):
@@ -57,6 +58,7 @@ class ReferenceBranch:
         self.adapter_name = adapter_name
         self.align_blocks = config.align_blocks(len(family.blocks(transformer)))
         self.merged = False
+        self.weights_digest = ""
         self._trainable_before: dict[str, bool] = {}
         self._state = BranchState()
         self._scope = LoraScope(transformer, adapter_name, config.lora_scope == "reference")
@@ -302,14 +304,19 @@ def fit_config(transformer: Any, config: RefAlignConfig, family: str | None = No
     """
     found = load_family(transformer, family)
     config.align_blocks(len(found.blocks(transformer)))
+    if config.max_sequence_length > found.max_text_tokens:
+        raise UserError(
+            f"adapter: max_sequence_length must be at most {found.max_text_tokens}, the longest prompt of "
+            f"the base, got {config.max_sequence_length}"
+        )
     base = found.describe(transformer)
     if config.base and config.base != base:
         differences = [
-            f"{name} {config.base.get(name)!r}, this one has {base.get(name)!r}"
+            f"{shorten(name)[1:-1]} {shorten(config.base.get(name))}, this one has {base.get(name)!r}"
             for name in sorted({*config.base, *base})
             if config.base.get(name) != base.get(name)
         ]
-        made_for = f" ({config.base_model})" if config.base_model else ""
+        made_for = f" ({shorten(config.base_model)[1:-1]})" if config.base_model else ""
         raise UserError(f"adapter: made for another base{made_for}: it has {'; '.join(differences)}")
     modules = config.target_modules if config.target_modules is not None else tuple(found.target_modules(transformer))
     return found, dataclasses.replace(config, base=base, target_modules=modules)

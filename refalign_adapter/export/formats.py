@@ -8,12 +8,16 @@ and loads nothing; PEFT's `set_peft_model_state_dict` returns them as unexpected
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from ..config import RefAlignConfig
-from ..errors import UserError
+from ..config import FORMAT, FORMAT_KEY, RefAlignConfig
+from ..errors import UserError, shorten
 
 PREFIX = "transformer."
+FACTS_KEY = "refalign_adapter"
+"""Metadata under which a weights file says by itself what it was trained for; stock loaders do not look there."""
+_NAME = re.compile(r"(?P<layer>[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*)\.(?P<part>[A-Za-z0-9_]+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,11 @@ class WeightsFormat:
         Raises:
             UserError: a key of another format.
         """
-        for part, peft in ((self.down, "lora_A"), (self.up, "lora_B")):
-            if key.startswith(PREFIX) and f".{part}." in key:
-                return key.removeprefix(PREFIX).replace(f".{part}.", f".{peft}.")
-        raise UserError(f"adapter: {key!r} is no weight of a {self.file_name}")
+        found = _NAME.fullmatch(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
+        part = {self.down: "lora_A", self.up: "lora_B"}.get(found["part"]) if found else None
+        if found is None or part is None:
+            raise UserError(f"adapter: {shorten(key)} is no weight of a {self.file_name}")
+        return f"{found['layer']}.{part}.weight"
 
 
 STOCK = WeightsFormat("pytorch_lora_weights.safetensors", "lora_adapter_metadata")
@@ -76,3 +81,8 @@ def require_scope_all(config: RefAlignConfig, target: str) -> None:
             "reads such a file would apply it to video tokens too; save it with branch.save_pretrained(folder), load "
             "it with load_adapter"
         )
+
+
+def stated_facts(config: RefAlignConfig) -> dict[str, object]:
+    """What a weights file says of itself, so that a configuration that was changed beside it is found out."""
+    return {FORMAT_KEY: FORMAT, "attention": config.attention, "lora_scope": config.lora_scope}

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import RefAlignConfig
 from ..errors import UserError
 from .adapter import FILE_NAMES
 from .card import model_card
+from .folder import open_adapter
 from .formats import format_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def push_adapter(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
         save(folder)
-        config = RefAlignConfig.load(folder)
+        config = open_adapter(folder).config
         card = model_card(config, repo_id)
         (folder / "README.md").write_text(card, encoding="utf-8")
         api = HfApi(token=token)

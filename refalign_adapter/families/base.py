@@ -31,12 +31,14 @@ class Family(ABC):
         key: the name it is known by, equal to its file's.
         transformer_classes: names of the diffusers classes it covers.
         pipeline_class: name of the diffusers text-to-video pipeline class.
+        max_text_tokens: of a prompt at most; what is longer is cut by the family's own pipeline or was never trained.
         video_argument, text_argument: names of the transformer's forward arguments for latents and prompt embeddings.
     """
 
     key: str
     transformer_classes: tuple[str, ...]
     pipeline_class: str
+    max_text_tokens: int = 512
     video_argument: str = "hidden_states"
     text_argument: str = "encoder_hidden_states"
 

@@ -13,7 +13,7 @@ import torch
 
 from ..data.video import write_video
 from ..errors import ConfigError, UserError
-from ..export.adapter import find_adapter, weights_path
+from ..export.folder import open_adapter
 from ..files import require_writable_folder
 from ..json_files import read_json, write_json
 from .guidance import ALL_STEPS
@@ -131,7 +131,7 @@ def _describe(options: GenerateOptions) -> dict[str, Any]:
     values = dataclasses.asdict(options) | {"guidance_interval": list(options.guidance_interval)}  # as JSON has it
     for name in ("device", "offload", "max_references", "batch_guidance"):
         del values[name]
-    with weights_path(find_adapter(options.adapter, revision=options.adapter_revision)).open("rb") as file:
+    with open_adapter(options.adapter, revision=options.adapter_revision).weights.open("rb") as file:
         values["adapter_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return values
 

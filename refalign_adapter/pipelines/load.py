@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from ..branch.attach import ADAPTER_NAME, ReferenceBranch, branches_of, fit_config, switched_on
 from ..branch.lora import active_adapters, remove_lora, restore_trainable, trainable_state
 from ..branch.lora_scope import lora_layers
-from ..config import RefAlignConfig
-from ..errors import UserError
-from ..export.adapter import find_adapter, load_weights
+from ..errors import UserError, shorten
+from ..export.folder import open_adapter
 from ..families.base import Family, load_family
 from .adapters import switch_on
 from .base import build_pipeline
-from .weights import check_scale, check_weights
+from .merge import HOOKED, MERGED, merged_into
+from .weights import check_fits, load_weights, weights_digest
 
 logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def load_adapter(
@@ -34,6 +37,8 @@ def load_adapter(
     the shared transformer changes, and with it what `pipe` generates: the returned pipeline's `changes` tell how, and
     its `unload()` undoes it. Switch offloading on in the returned pipeline, not in `pipe`.
 
+    A base that an adapter was merged into, saved and loaded again, takes that adapter once more, without its LoRA.
+
     A transformer can carry several reference adapters of any kinds. The one that was loaded last is switched on, those
     before it off; `set_adapters` switches, in any pipeline that shares the transformer.
 
@@ -41,38 +46,44 @@ def load_adapter(
         pipe: a diffusers pipeline of a family's text-to-video class, such as `WanPipeline`, or what `load_adapter`
             returned.
         source: an adapter folder, or a Hub id.
-        adapter_name: the LoRA's name in PEFT; other LoRAs but reference adapters stay switched on as they are.
+        adapter_name: the LoRA's name in PEFT: letters, digits, _ and -; other LoRAs but reference adapters stay
+            switched on as they are.
         revision, token: of the Hub.
 
     Returns:
         A `ReferencePipeline`, for Wan a `WanReferencePipeline`.
 
     Raises:
-        UserError: no adapter there, a pickle, one made for another base, weights that do not fit, or a pipeline that
-            cannot take it. `pipe` is then as it was.
+        UserError: no adapter there but something else (said is what it is and what opens it), one made for another
+            base, weights that do not fit or are not finite, anything that no adapter of this package holds, or a
+            pipeline that cannot take it. `pipe` is then as it was.
     """
     family = _check_pipeline(pipe, adapter_name)
-    folder = find_adapter(source, revision=revision, token=token)
+    folder = open_adapter(source, revision=revision, token=token)
     transformer = pipe.transformer
-    _, config = fit_config(transformer, RefAlignConfig.load(folder))
-    check_weights(transformer, folder, config)
+    _, config = fit_config(transformer, folder.config)
+    check_fits(transformer, family, folder)
+    state = folder.tensors()
+    digest = weights_digest(state)
+    inside = _is_inside(transformer, digest)
     made = build_pipeline(pipe, family)
     trainable, active = trainable_state(transformer), active_adapters(transformer)
     older = [branch.adapter_name for branch in switched_on(transformer)]
     try:
-        load_weights(transformer, folder, adapter_name, pipe)
-        check_scale(transformer, folder, adapter_name, config)
-        switch_on(transformer, [*(name for name in active if name not in older), adapter_name])
+        if not inside:
+            load_weights(transformer, folder, state, adapter_name, pipe)
+            switch_on(transformer, [*(name for name in active if name not in older), adapter_name])
         transformer.requires_grad_(False)
         branch = ReferenceBranch(transformer, config, family, adapter_name)
     except BaseException:
-        remove_lora(transformer, adapter_name)
+        if not inside:
+            remove_lora(transformer, adapter_name)
         if active:
             transformer.set_adapter(active)
         restore_trainable(transformer, trainable)
         raise
-    branch._trainable_before = trainable
-    if config.attention == "isolated":
+    branch._trainable_before, branch.weights_digest, branch.merged = trainable, digest, inside
+    if config.attention == "isolated" and not inside:
         branch.fingerprint()  # while the weights are at hand: sequential offloading takes them away
     made._own, made._switched_off = branch, tuple(older)
     made.changes = _describe_changes(branch, older)
@@ -93,6 +104,7 @@ def _check_pipeline(pipe: Any, adapter_name: str) -> Family:
         raise UserError(problem)
     if not isinstance(pipe, getattr(diffusers, family.pipeline_class)):
         raise UserError(f"pipe: expected a {family.pipeline_class}, got {type(pipe).__name__}")
+    _check_name(transformer, adapter_name)
     loaded = getattr(transformer, "peft_config", {})
     if merged := [name for name, branch in branches_of(transformer).items() if branch.merged]:
         raise UserError(
@@ -113,8 +125,35 @@ def _check_pipeline(pipe: Any, adapter_name: str) -> Family:
     return family
 
 
+def _check_name(transformer: Any, name: Any) -> None:
+    """Refuse a name by which the LoRA's parameters could not be told from others."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(f"adapter_name must be letters, digits, _ and - (at most 64), got {shorten(name)}")
+    parts = {part for path, _ in transformer.named_modules() for part in path.split(".")}
+    known = getattr(transformer, "peft_config", {})
+    if name.startswith("lora_") or (name in parts and name not in known):
+        raise UserError(f"adapter_name: {name!r} is the name of a part of the transformer; choose another")
+
+
+def _is_inside(transformer: Any, digest: str) -> bool:
+    """Whether this adapter is part of the weights that were loaded, by a merge before they were saved.
+
+    Raises:
+        UserError: another one is.
+    """
+    inside = merged_into(transformer)
+    if inside and digest not in inside:
+        raise UserError(
+            "pipe: another adapter was merged into its transformer's weights before they were saved; load the base "
+            "anew for this one"
+        )
+    return bool(inside)
+
+
 def _describe_changes(branch: ReferenceBranch, older: list[str]) -> tuple[str, ...]:
     name = branch.adapter_name
+    if branch.merged:
+        return (MERGED, *HOOKED)
     layers = sum(name in getattr(module, "lora_A", ()) for module in branch.transformer.modules())
     lora = f"The transformer has a LoRA named {name!r} on {layers} layers, switched on"
     if branch.config.lora_scope == "reference":
@@ -128,6 +167,5 @@ def _describe_changes(branch: ReferenceBranch, older: list[str]) -> tuple[str, .
     return (
         effect,
         *([switched] if older else []),
-        "The transformer has hooks that let references in; they do nothing without references.",
-        "The transformer's parameters are frozen.",
+        *HOOKED,
     )

@@ -9,8 +9,23 @@ from ..errors import UserError
 from .base import ReferencePipeline
 from .fusing import check_fusible
 
+MERGED = "The transformer's weights contain the LoRA, for good."
+HOOKED = (
+    "The transformer has hooks that let references in; they do nothing without references.",
+    "The transformer's parameters are frozen.",
+)
+CONFIG_KEY = "_refalign_merged"
+"""In the transformer's own configuration, which is saved with its weights: digests of the adapters merged into it.
+diffusers keeps keys that begin with an underscore and does not take them for arguments of the class."""
 
-def merge_and_unload(pipe: Any) -> Any:
+
+def merged_into(transformer: Any) -> list[str]:
+    """Digests of the adapters that were merged into a transformer's weights, before they were saved or since."""
+    found = transformer.config.get(CONFIG_KEY)
+    return [digest for digest in found if isinstance(digest, str)] if isinstance(found, list | tuple) else []
+
+
+def merge_and_unload(pipe: Any, *, requantize: bool = False) -> Any:
     """Add the LoRA to the base's weights for good and take all PEFT modules off; references go on working.
 
     As in peft, every LoRA that is switched on is merged and the others are dropped; what `fuse_lora` has fused stays
@@ -18,13 +33,14 @@ def merge_and_unload(pipe: Any) -> Any:
 
     Args:
         pipe: what `load_adapter` returned; changed in place.
+        requantize: accept that a base in 4 or 8 bits is rounded again with the LoRA in it.
 
     Returns:
         `pipe`.
 
     Raises:
-        UserError: another object, a pipeline whose adapter was unloaded or is switched off, or an adapter that acts on
-            references alone.
+        UserError: another object, a pipeline whose adapter was unloaded or is switched off, an adapter that acts on
+            references alone, or a quantised base without `requantize`.
     """
     if not isinstance(pipe, ReferencePipeline):
         raise UserError(f"pipe: expected what load_adapter returns, got {type(pipe).__name__}")
@@ -32,7 +48,7 @@ def merge_and_unload(pipe: Any) -> Any:
     if not getattr(transformer, "peft_config", None):
         return pipe
     branch = pipe._reference_branch()
-    check_fusible(transformer)
+    check_fusible(transformer, requantize=requantize)
     for other in list(branches_of(transformer).values()):
         if other is not branch:
             other.detach()
@@ -40,9 +56,6 @@ def merge_and_unload(pipe: Any) -> Any:
         transformer.fuse_lora()
     transformer.unload_lora()
     branch.merged = True
-    pipe.changes = (
-        "The transformer's weights contain the LoRA, for good.",
-        "The transformer has hooks that let references in; they do nothing without references.",
-        "The transformer's parameters are frozen.",
-    )
+    transformer.register_to_config(**{CONFIG_KEY: [*merged_into(transformer), branch.weights_digest]})
+    pipe.changes = (MERGED, *HOOKED)
     return pipe

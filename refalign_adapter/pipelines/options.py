@@ -12,14 +12,14 @@ import torch
 from accelerate import PartialState
 
 from ..branch.attach import fit_config
-from ..config import RefAlignConfig
 from ..data.options import DTYPES
 from ..errors import ConfigError, UserError
-from ..export.adapter import find_adapter
+from ..export.folder import open_adapter
 from ..families.base import Family, load_family
 from .base import MAX_REFERENCES
 from .guidance import ALL_STEPS, check_scales
 from .load import load_adapter
+from .weights import check_fits
 
 OFFLOADS = ("none", "model")
 """model: a model is on the GPU only while it runs, diffusers' `enable_model_cpu_offload`; slower, with less memory."""
@@ -116,7 +116,7 @@ def check_models(options: GenerateOptions) -> Family:
     Raises:
         UserError: a base or adapter that cannot be read, that cannot take references, or that do not fit each other.
     """
-    adapter = RefAlignConfig.load(find_adapter(options.adapter, revision=options.adapter_revision))
+    adapter = open_adapter(options.adapter, revision=options.adapter_revision)
     base = options.base
     if Path(base).exists() and not (Path(base) / "model_index.json").is_file():
         raise UserError(f"base: {base!r} is no diffusers pipeline folder, it has no model_index.json")
@@ -135,7 +135,9 @@ def check_models(options: GenerateOptions) -> Family:
             f"base: {base!r} is no pipeline folder or Hub id that can be read ({_reason(error)})"
         ) from None
     with torch.device("meta"):
-        fit_config(transformer_class.from_config(values), adapter)
+        transformer = transformer_class.from_config(values)
+        fit_config(transformer, adapter.config)
+        check_fits(transformer, family, adapter)
     return family
 
 

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from ..alignment.schedule import AlignmentSchedule
 from ..branch.attach import ReferenceBranch
-from ..config import RefAlignConfig
 from ..errors import UserError
-from ..export.adapter import adapter_state, find_adapter, read_weights
+from ..export.adapter import adapter_state
+from ..export.folder import open_adapter
 from ..files import atomic_folder
 from ..json_files import read_json, write_json
 
@@ -214,7 +214,7 @@ def load_initial_weights(source: str, branch: ReferenceBranch, projectors: nn.Mo
     Raises:
         UserError: no adapter, or one that does not fit.
     """
-    folder = find_adapter(source)
+    folder = open_adapter(source).path
     sidecar = folder.parent / TRAINING / PROJECTORS
     try:
         scope, weights = _read_adapter(folder)
@@ -281,7 +281,8 @@ def _load_optimizer(
 
 def _read_adapter(folder: Path) -> tuple[str, dict[str, Tensor]]:
     """An adapter folder's LoRA scope, and its weights under PEFT's names."""
-    return RefAlignConfig.load(folder).lora_scope, read_weights(folder)
+    opened = open_adapter(folder)
+    return opened.config.lora_scope, opened.tensors()
 
 
 def _check_scope(branch: ReferenceBranch, scope: str, field: str, folder: Path) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..analysis.features import Separability, mean_reference_tokens, separability
 from ..analysis.sensitivity import Sensitivity, reference_sensitivity
 from ..branch.attach import ReferenceBranch, attach, branch_of
-from ..config import RefAlignConfig
 from ..data.dataset import CachedDataset
+from ..export.folder import open_adapter
 from ..families.wan import FAMILY
 from ..pipelines.load import load_adapter
 from .demo_samples import SPLIT, draw_prepared
@@ -72,7 +72,7 @@ def measure(base: Path, adapter: Path, cache_dir: Path, *, height: int, width: i
     subjects, views, labels = paired_views(pipe, height, width, seed)
     arguments: dict[str, Any] = {"num_frames": rows.shapes[0][1], "seed": seed}
 
-    untrained = attach(pipe.transformer, RefAlignConfig.load(adapter), seed=seed)
+    untrained = attach(pipe.transformer, open_adapter(adapter).config, seed=seed)
     before = mean_reference_tokens(untrained, views, rows.meta.empty_text, **arguments)
     untrained.detach()
     trained = _trained(load_adapter(pipe, adapter))

@@ -103,7 +103,7 @@ def test_repeating_is_what_repeating_the_references_is(made):
     for wanted, got in ((twice, cache.repeat(2)), (beside, cache.repeat_interleave(2))):
         assert torch.equal(got.mask, wanted.mask)
         for one, other in zip(got.keys + got.values, wanted.keys + wanted.values, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+            torch.testing.assert_close(one, other, atol=3e-6, rtol=0)  # another batch, other sums
     single = branch.encode_references(draw(1, 16, 1, 8, 8), frames=2)
     assert len(single.repeat(3)) == 3
     assert single.repeat(3).keys[0].data_ptr() == single.keys[0].data_ptr()

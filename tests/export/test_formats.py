@@ -9,11 +9,11 @@ from diffusers import WanPipeline
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_adapter import anatomy, save_tiny_adapter, velocity
+from tiny_adapter import anatomy, save_tiny_adapter, velocity, weights_of
 from tiny_models import tiny_pipeline, tiny_transformer
 
 import refalign_adapter as ra
-from refalign_adapter.export.adapter import find_adapter, read_metadata, read_weights, weights_path
+from refalign_adapter.export.folder import open_adapter
 from refalign_adapter.export.formats import FORMATS, REFERENCE, STOCK, format_of, require_scope_all
 
 SCOPED = {"attention": "isolated", "lora_scope": "reference", "align_layers": 1}
@@ -25,6 +25,14 @@ def folders(tmp_path_factory):
     """One adapter of each scope; not to be changed."""
     root = tmp_path_factory.mktemp("adapters")
     return {scope: save_tiny_adapter(root / scope, **changes) for scope, changes in CONFIGS.items()}
+
+
+def lora_metadata(folder):
+    """The LoraConfig's fields that stock loaders read."""
+    form = format_of(open_adapter(folder).config)
+    with safe_open(folder / form.file_name, "pt") as file:
+        text = file.metadata()[form.metadata_key]
+    return {name.removeprefix("transformer."): value for name, value in json.loads(text).items()}
 
 
 def weights_on(transformer, name="refalign"):
@@ -64,11 +72,11 @@ def test_a_saved_folder_has_one_weights_file_with_what_the_strength_depends_on(t
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(
         ["README.md", "refalign_config.json", FORMATS[scope].file_name]
     )
-    assert weights_path(tmp_path / "a") == tmp_path / "a" / FORMATS[scope].file_name
-    read, trained = read_weights(tmp_path / "a"), weights_on(transformer)
+    assert weights_of(tmp_path / "a") == tmp_path / "a" / FORMATS[scope].file_name
+    read, trained = open_adapter(tmp_path / "a").tensors(), weights_on(transformer)
     assert read.keys() == trained.keys()
     assert all(torch.equal(read[name], trained[name]) for name in read)
-    metadata = read_metadata(tmp_path / "a")
+    metadata = lora_metadata(tmp_path / "a")
     assert {name: metadata[name] for name in ("r", "lora_alpha")} == {"r": 4, "lora_alpha": 10}
     assert {name: metadata[name] for name in patterns} == patterns
     assert sorted(metadata["target_modules"]) == sorted(branch.config.target_modules)
@@ -80,7 +88,7 @@ def test_half_the_size_in_half_the_precision(tmp_path):
     branch = ra.attach(transformer, ra.RefAlignConfig(r=4, **SCOPED), seed=0)
     branch.save_pretrained(tmp_path / "a", dtype=torch.bfloat16)
     trained = weights_on(transformer)
-    assert all(torch.equal(t, trained[name].bfloat16()) for name, t in read_weights(tmp_path / "a").items())
+    assert all(torch.equal(t, trained[name].bfloat16()) for name, t in open_adapter(tmp_path / "a").tensors().items())
 
 
 STOCK_LOADERS = {
@@ -88,7 +96,7 @@ STOCK_LOADERS = {
     "load_lora_weights(file)": lambda pipe, folder: pipe.load_lora_weights(
         str(folder), weight_name=REFERENCE.file_name
     ),
-    "load_lora_weights(state)": lambda pipe, folder: pipe.load_lora_weights(load_file(weights_path(folder))),
+    "load_lora_weights(state)": lambda pipe, folder: pipe.load_lora_weights(load_file(weights_of(folder))),
     "load_lora_adapter(folder)": lambda pipe, folder: pipe.transformer.load_lora_adapter(
         str(folder), use_safetensors=True
     ),
@@ -133,7 +141,7 @@ def test_peft_takes_nothing_of_it(folders, prefix):
     transformer = tiny_transformer()
     transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k"]))
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    state = load_file(weights_path(folders["reference"]))
+    state = load_file(weights_of(folders["reference"]))
     state = {prefix + key.removeprefix("transformer."): tensor for key, tensor in state.items()}
     result = set_peft_model_state_dict(transformer, state, adapter_name="default")
     assert len(result.unexpected_keys) == len(state)
@@ -148,7 +156,7 @@ def test_saving_over_an_adapter_of_the_other_scope_leaves_one_weights_file(tmp_p
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(
         ["README.md", "notes.txt", "refalign_config.json", FORMATS[order[1]].file_name]
     )
-    assert find_adapter(tmp_path / "a") == tmp_path / "a"
+    assert open_adapter(tmp_path / "a").path == tmp_path / "a"
 
 
 @pytest.mark.parametrize("scope", FORMATS)
@@ -156,32 +164,31 @@ def test_a_folder_with_both_or_the_wrong_weights_is_refused(tmp_path, folders, s
     (other,) = set(FORMATS) - {scope}
     folder = save_tiny_adapter(tmp_path / "a", **CONFIGS[scope])
     wrong = folder / FORMATS[other].file_name
-    wrong.write_bytes(weights_path(folders[other]).read_bytes())
+    wrong.write_bytes(weights_of(folders[other]).read_bytes())
     both = f"holds {STOCK.file_name} and {REFERENCE.file_name}, .* lora_scope '{scope}', .*; delete {wrong.name}$"
     with pytest.raises(ra.UserError, match=both) as caught:
-        find_adapter(folder)
+        open_adapter(folder)
     assert "\n" not in str(caught.value)
-    weights_path(folder).unlink()
+    weights_of(folder).unlink()
     message = f"holds {wrong.name}, .* lora_scope '{scope}', whose weights are in {FORMATS[scope].file_name} alone"
     with pytest.raises(ra.UserError, match=message) as caught:
-        find_adapter(folder)
+        open_adapter(folder)
     assert "\n" not in str(caught.value)
     wrong.unlink()
     with pytest.raises(ra.UserError, match=f"is no adapter folder, it lacks {FORMATS[scope].file_name}"):
-        find_adapter(folder)
+        open_adapter(folder)
     (folder / "refalign_config.json").unlink()
     with pytest.raises(ra.UserError, match=f"it lacks refalign_config.json and {STOCK.file_name}"):
-        find_adapter(folder)
+        open_adapter(folder)
 
 
 @pytest.mark.parametrize("scope", FORMATS)
 def test_renaming_the_file_does_not_help(tmp_path, folders, scope):
     (other,) = set(FORMATS) - {scope}
     folder = save_tiny_adapter(tmp_path / "a", **CONFIGS[scope])
-    weights_path(folder).write_bytes(weights_path(folders[other]).read_bytes())
+    weights_of(folder).write_bytes(weights_of(folders[other]).read_bytes())
     with pytest.raises(ra.UserError, match="is no weight of a"):
-        read_weights(folder)
-    assert read_metadata(folder) is None
+        open_adapter(folder)
 
 
 def test_the_hub_is_asked_for_both_names(tmp_path, monkeypatch, folders):
@@ -192,7 +199,7 @@ def test_the_hub_is_asked_for_both_names(tmp_path, monkeypatch, folders):
         return str(folders["reference"])
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert find_adapter("you/adapter", revision="main", token="secret") == folders["reference"]
+    assert open_adapter("you/adapter", revision="main", token="secret").path == folders["reference"]
     assert asked == {
         "repo_id": "you/adapter",
         "revision": "main",
@@ -261,7 +268,7 @@ def test_a_pipeline_writes_other_loras_as_diffusers_does(tmp_path, both, name):
 
 def test_lost_metadata_is_told_by_the_strength(tmp_path, caplog):
     folder = save_tiny_adapter(tmp_path / "a", **SCOPED)
-    path = weights_path(folder)
+    path = weights_of(folder)
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()[REFERENCE.metadata_key])["transformer.lora_alpha"] == 8
     save_file(load_file(path), path, metadata={"format": "pt"})

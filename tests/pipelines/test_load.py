@@ -10,13 +10,12 @@ from diffusers import WanPipeline, WanVideoToVideoPipeline
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_adapter import SIZE, anatomy, picture, save_tiny_adapter, velocity
+from tiny_adapter import SIZE, anatomy, picture, save_tiny_adapter, velocity, weights_of
 from tiny_models import tiny_pipeline, tiny_transformer
 
 import refalign_adapter as ra
 from refalign_adapter.branch.attach import branch_of
 from refalign_adapter.branch.lora import lora_parameters
-from refalign_adapter.export.adapter import weights_path
 from refalign_adapter.pipelines.wan import WanReferencePipeline
 
 PATTERNS: dict[str, Any] = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"ffn.net.2": 3, "attn2.to_k": 16}}
@@ -198,7 +197,7 @@ def test_weights_have_the_type_that_diffusers_own_loader_gives(adapter, tmp_path
 
 def rewrite(folder, weights=lambda given: given, metadata=lambda given: given):
     """Change the weights file's tensors or metadata."""
-    path = weights_path(folder)
+    path = weights_of(folder)
     with safe_open(path, "pt") as file:
         meta = file.metadata()
     tensors = weights(load_file(path))
@@ -217,17 +216,17 @@ def another_base(folder):
 
 
 def pickled(folder):
-    weights_path(folder).unlink()
+    weights_of(folder).unlink()
     torch.save({}, folder / "pytorch_lora_weights.bin")
 
 
 BROKEN = {
     "truncated": (
-        lambda folder: weights_path(folder).write_bytes(weights_path(folder).read_bytes()[:-99]),
+        lambda folder: weights_of(folder).write_bytes(weights_of(folder).read_bytes()[:-99]),
         "cannot be loaded",
     ),
-    "no safetensors": (lambda folder: weights_path(folder).write_bytes(b"no weights"), "cannot be loaded"),
-    "no weights": (lambda folder: weights_path(folder).unlink(), "lacks {file}"),
+    "no safetensors": (lambda folder: weights_of(folder).write_bytes(b"no weights"), "cannot be loaded"),
+    "no weights": (lambda folder: weights_of(folder).unlink(), "lacks {file}"),
     "no config": (lambda folder: (folder / "refalign_config.json").unlink(), "lacks refalign_config.json"),
     "broken config": (damage_config, "not readable JSON"),
     "another base": (another_base, r"made for another base \(some/base\): it has num_layers 40, this one has 3"),
@@ -240,7 +239,7 @@ BROKEN = {
         lambda folder: rewrite(
             folder, lambda given: {name.replace("transformer.", "unet."): t for name, t in given.items()}
         ),
-        "{count} weights are missing, {count} unknown",
+        "'unet.blocks.* is no weight of a {file}",
     ),
     "metadata lost": (
         lambda folder: rewrite(folder, metadata=lambda _: {"format": "pt"}),
@@ -258,7 +257,7 @@ BROKEN = {
 def test_a_broken_adapter_is_one_line_and_leaves_the_pipeline_as_it_was(base, tmp_path, scope, case):
     breaks, message = BROKEN[case]
     folder = save_tiny_adapter(tmp_path / "broken", **SCOPES[scope])
-    path = weights_path(folder)
+    path = weights_of(folder)
     facts = {"file": path.name, "count": len(load_file(path))}
     breaks(folder)
     for name, fact in facts.items():

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny_adapter import SIZE, anatomy, picture, velocity
+from tiny_adapter import SIZE, anatomy, picture, save_tiny_adapter, velocity
 from tiny_models import tiny_pipeline, tiny_transformer
 
 import refalign_adapter as ra
@@ -118,3 +119,31 @@ def test_another_lora_is_fused_beside_it(fresh_isolated):
 def test_it_is_for_what_load_adapter_returns():
     with pytest.raises(ra.UserError, match="expected what load_adapter returns, got WanTransformer3DModel"):
         ra.merge_and_unload(tiny_transformer())
+
+
+@pytest.mark.parametrize("attention", ["joint", "isolated"])
+def test_a_base_that_was_merged_saved_and_loaded_knows_the_adapter_inside(tmp_path, attention, caplog):
+    folders = [
+        save_tiny_adapter(tmp_path / name, attention=attention, lora_scope="all", **changes)
+        for name, changes in (("a", {}), ("b", {"lora_alpha": 3, "r": 2}))
+    ]
+    pipe = ra.load_adapter(tiny_pipeline(), folders[0])
+    pipe.set_progress_bar_config(disable=True)
+    expected = video(pipe)
+    ra.merge_and_unload(pipe).transformer.save_pretrained(tmp_path / "merged")
+    base = tiny_pipeline()
+    base.register_modules(transformer=WanTransformer3DModel.from_pretrained(tmp_path / "merged"))
+    assert "not expected and will be ignored" not in caplog.text
+    before, output = anatomy(base.transformer), velocity(base.transformer)
+    with pytest.raises(
+        ra.UserError, match="another adapter was merged into its transformer's weights before they were"
+    ):
+        ra.load_adapter(base, folders[1])
+    assert anatomy(base.transformer) == before
+    again = ra.load_adapter(base, folders[0])
+    again.set_progress_bar_config(disable=True)
+    assert not hasattr(base.transformer, "peft_config")
+    np.testing.assert_allclose(video(again), expected, atol=1e-5)
+    again.unload()
+    assert anatomy(base.transformer) == before
+    assert torch.equal(velocity(base.transformer), output)

@@ -8,12 +8,11 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from tiny_adapter import SIZE, anatomy, picture, save_tiny_adapter, velocity
+from tiny_adapter import SIZE, anatomy, picture, save_tiny_adapter, velocity, weights_of
 from tiny_models import tiny_pipeline, tiny_transformer
 
 import refalign_adapter as ra
 from refalign_adapter.branch.attach import branch_of, branches_of
-from refalign_adapter.export.adapter import weights_path
 
 KINDS = {
     "joint": {"align_layers": 2},
@@ -30,7 +29,7 @@ def folders(tmp_path_factory):
     made = {}
     for seed, (kind, changes) in enumerate(KINDS.items()):
         made[kind] = save_tiny_adapter(root / kind, tiny_transformer(), **changes)
-        assert len({path.read_bytes() for path in map(weights_path, made.values())}) == seed + 1
+        assert len({path.read_bytes() for path in map(weights_of, made.values())}) == seed + 1
     transformer = tiny_transformer()
     with torch.random.fork_rng([]):
         torch.manual_seed(5)
@@ -353,7 +352,7 @@ def test_a_cache_is_of_the_adapter_that_was_switched_on(base, folders):
 
 def test_a_second_one_that_fails_leaves_the_first_as_it_was(folders, tmp_path):
     broken = save_tiny_adapter(tmp_path / "broken", **KINDS["scoped2"])
-    weights_path(broken).write_bytes(b"no weights")
+    weights_of(broken).write_bytes(b"no weights")
     base = tiny_pipeline()
     base.load_lora_weights(str(folders["style"]), adapter_name="style")
     pipe = ra.load_adapter(base, folders["scoped"])
@@ -368,7 +367,7 @@ def test_a_second_one_that_fails_leaves_the_first_as_it_was(folders, tmp_path):
     assert torch.equal(seen(pipe), expected)
 
 
-@pytest.mark.parametrize("fails", ["load_weights", "check_scale", "ReferenceBranch"])
+@pytest.mark.parametrize("fails", ["load_weights", "switch_on", "ReferenceBranch"])
 def test_a_failure_at_any_point_leaves_the_first_as_it_was(base, folders, monkeypatch, fails):
     pipe = ra.load_adapter(base, folders["joint"])
     before, expected = anatomy(base.transformer), seen(pipe)

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
+from tiny_adapter import weights_of
 
 from refalign_adapter.errors import UserError
-from refalign_adapter.export.adapter import weights_path
 from refalign_adapter.training.checkpoint import (
     Progress,
     find_checkpoint,
@@ -102,7 +102,7 @@ def test_damage_is_one_line(make_run, tmp_path, name):
 def test_damage_of_weights_for_references_alone_is_one_line(make_run, tmp_path):
     run = make_run(*SCOPES["reference"])
     folder = save_checkpoint(tmp_path, run.trained, Progress(1, 2, 0, 2), {})
-    file = weights_path(folder / "adapter")
+    file = weights_of(folder / "adapter")
     assert file.name == "refalign_reference_lora.safetensors"
     for damage in (lambda: os.truncate(file, file.stat().st_size // 2), file.unlink):
         damage()
@@ -138,7 +138,7 @@ def test_an_adapter_starts_another_run_of_its_scope(make_run, tmp_path, scope):
 def test_a_damaged_adapter_to_start_from_is_one_line(make_run, tmp_path):
     run = make_run(*SCOPES["reference"]).trained
     folder = run.branch.save_pretrained(tmp_path / "adapter")
-    weights_path(folder).write_bytes(b"no weights")
+    weights_of(folder).write_bytes(b"no weights")
     with pytest.raises(UserError, match="^init_adapter: .* is damaged") as caught:
         load_initial_weights(str(folder), run.branch, None)
     assert "\n" not in str(caught.value)

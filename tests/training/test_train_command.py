@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from refalign_adapter.errors import UserError
-from refalign_adapter.export.adapter import read_weights
+from refalign_adapter.export.folder import open_adapter
 from refalign_adapter.recipes import copy_recipe
 from refalign_adapter.train import main
 from refalign_adapter.training import loop
@@ -130,7 +130,7 @@ def test_two_processes_average_their_gradients(tiny_world, make_recipe, launch, 
         output = run.module(batch, run.data.empty_text, generator=generator, alignment_weight=1.0)
         total, flows = total + output.loss / 2, [*flows, float(output.flow)]
     total.backward()
-    saved = read_weights(tmp_path / "two" / "adapter")
+    saved = open_adapter(tmp_path / "two" / "adapter").tensors()
     for name, parameter in run.trained.branch.named_parameters():
         expected = (parameter - parameter.grad).detach()
         assert torch.allclose(saved[name.replace(".refalign", "")], expected, atol=1e-6), name
