@@ -53,6 +53,8 @@ class Batch:
         teacher: teacher id -> (B, M, h, w, T); padding is zero.
         tokens: (B, M, rows, columns) bool, True for the references' tokens that are kept, False where padded; None:
             all are.
+        names: where each row stands in its manifest, for messages; empty where nobody asks.
+        unreadable: rows in whose place others are here: place -> why they could not be read.
     """
 
     keys: list[str]
@@ -63,6 +65,8 @@ class Batch:
     subjects: Tensor
     teacher: dict[str, Tensor]
     tokens: Tensor | None = None
+    names: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     def to(self, device: device | str, dtype: dtype | None = None) -> Batch:
         """Move all tensors to `device`; floating point ones also to `dtype` when it is given."""
@@ -89,6 +93,7 @@ class StepOutput:
         positive: block index -> positive alignment term, averaged over teachers.
         negative: block index -> negative alignment term, averaged over teachers.
         cosine: block index -> mean cosine of projected reference tokens and their teacher targets, in [-1, 1].
+        references: how many references were aligned.
     """
 
     loss: Tensor
@@ -96,3 +101,4 @@ class StepOutput:
     positive: dict[int, Tensor] = field(default_factory=dict)
     negative: dict[int, Tensor] = field(default_factory=dict)
     cosine: dict[int, Tensor] = field(default_factory=dict)
+    references: int = 0

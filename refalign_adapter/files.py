@@ -35,6 +35,8 @@ ADVICE = {
     errno.EROFS: "choose a folder that is not read-only",
     errno.EACCES: "choose a writable folder",
     errno.EPERM: "choose a writable folder",
+    errno.EEXIST: "a file is in the way, choose another folder",
+    errno.ENOTDIR: "a file is in the way, choose another folder",
     errno.ENOENT: "its folder is gone; make it again or choose another",
 }
 """What the system says -> the way out."""

@@ -23,6 +23,7 @@ from ..json_files import write_json
 from .digests import FileDigests
 from .encode import RowEncoder, RowPreparer, plans_of
 from .encoders import Encoders, load_encoders
+from .freshness import RowFiles, write_files
 from .index import FORMAT, META_NAME, IndexEntry, write_index
 from .lock import filling
 from .manifest import Row, load_manifest, manifest_path, sources_digest
@@ -157,8 +158,8 @@ def _build(
     work = [(split, row) for split, split_rows in rows.items() for row in split_rows]
     mine = work[state.process_index :: state.num_processes]
     empty_text = _encode_texts([row.caption for _, row in mine], encoder, progress)
-    entries, problems = _encode_all(mine, encoder, digests, progress)
-    every = gather_object([(entries, problems, encoder.made, encoder.reused, Counter(encoder.seconds))])
+    entries, files, problems = _encode_all(mine, encoder, digests, progress)
+    every = gather_object([(entries, problems, encoder.made, encoder.reused, Counter(encoder.seconds), files)])
     if problems := [problem for item in every for problem in item[1]]:
         raise ConfigError(problems)
     splits = {split: _in_order(every, split) for split in rows}
@@ -168,6 +169,8 @@ def _build(
         report.reused += item[3]
         report.seconds_of.update(item[4])
     if state.is_main_process:
+        for split in rows:
+            write_files(options.cache_dir, split, _files_of(every, split))
         _write(options, encoder, splits, empty_text, digests)
         files = {file for found in splits.values() for entry in found for file in entry.parts.files()}
         report.bytes_of = _sizes(files, encoder.store)
@@ -196,9 +199,9 @@ def _encode_texts(captions: list[str], encoder: RowEncoder, progress: Progress |
 
 def _encode_all(
     work: list[tuple[str, Row]], encoder: RowEncoder, digests: FileDigests, progress: Progress | None
-) -> tuple[list[tuple[str, IndexEntry]], list[str]]:
-    """(split, entry) of the rows that could be read, and the problems of the others."""
-    entries, problems = [], []
+) -> tuple[list[tuple[str, IndexEntry]], list[tuple[str, RowFiles]], list[str]]:
+    """(split, entry) and (split, files) of the rows that could be read, and the problems of the others."""
+    entries, files, problems = [], [], []
     preparer = RowPreparer(encoder.plans, encoder.store, digests)
     prepared_rows = in_workers(preparer, [row for _, row in work], encoder.options.num_workers)
     for done, (split, row) in enumerate(work, 1):
@@ -209,6 +212,7 @@ def _encode_all(
         if problem is None:
             try:
                 entries.append((split, encoder.encode(row, prepared)))
+                files.append((split, (f"line {row.line}", prepared.files)))
             except UserError as error:
                 problem = str(error)
         if problem is not None:
@@ -216,7 +220,12 @@ def _encode_all(
             problems.append(f"{manifest_path(manifest, row.source)} line {row.line}: {problem}")
         if progress:
             progress(done, len(work), "rows")
-    return entries, problems
+    return entries, files, problems
+
+
+def _files_of(every: list, split: str) -> list[RowFiles]:
+    """A split's files from all processes, in one order."""
+    return sorted((found for item in every for name, found in item[5] if name == split), key=str)
 
 
 def _in_order(every: list, split: str) -> list[IndexEntry]:

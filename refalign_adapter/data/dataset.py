@@ -18,11 +18,12 @@ from torch.utils.data import Dataset
 
 from ..batch import Batch, CachedSample
 from ..errors import UserError
+from .contents import row_contents, text_contents
 from .digests import FileDigests
 from .index import REMEDY, read_index, read_meta
 from .manifest import missing_paths, sources_digest
 from .options import CacheOptions
-from .parts import PartStore
+from .parts import DamagedPartError, PartStore
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class CacheMeta:
     empty_text: Tensor
     options: dict[str, Any]
     provenance: dict[str, Any]
+
+
+class UnreadableRowError(UserError):
+    """A row one of whose files is missing or damaged."""
 
 
 class CachedDataset(Dataset[CachedSample]):
@@ -78,11 +83,13 @@ class CachedDataset(Dataset[CachedSample]):
         self.teachers = tuple(meta["teachers"] if teachers is None else teachers)
         if missing := [name for name in self.teachers if name not in meta["teachers"]]:
             raise UserError(f"cache_dir: {str(cache_dir)!r} has no features of {missing[0]!r}; {REMEDY}")
+        self.split, self._meta = split, meta
+        self._text = text_contents(meta, self.store)
         length = meta["options"]["max_sequence_length"]
         self.meta = CacheMeta(
             teachers={name: meta["teachers"][name] for name in self.teachers},
             max_sequence_length=length,
-            empty_text=_padded(self.store.read("text", meta["empty_text"]), length),
+            empty_text=_padded(self._empty_text(meta["empty_text"]), length),
             options=meta["options"],
             provenance=meta["provenance"],
         )
@@ -111,22 +118,37 @@ class CachedDataset(Dataset[CachedSample]):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> CachedSample:
-        """The row as tensors mapped from its files; text is padded with zeros to S.
+        """The row as tensors mapped from its files, checked when each is read for the first time; text is padded with
+        zeros to S.
 
         Raises:
-            UserError: one of its files is missing or damaged.
+            UnreadableRowError: one of its files is missing or damaged.
         """
         entry = self.entries[index]
-        parts = entry.parts
-        return CachedSample(
-            key=entry.key,
-            latents=self.store.read("video", parts.video),
-            text=_padded(self.store.read("text", parts.text), self.meta.max_sequence_length),
-            references=self.store.read("references", parts.references),
-            teacher={name: self.store.read("teacher", parts.teachers[name]) for name in self.teachers},
-            subjects=torch.tensor(entry.subjects, dtype=torch.int64),
-            tokens=self.store.read("tokens", parts.tokens) if parts.tokens else None,
-        )
+        parts, expected = entry.parts, dict(row_contents(entry, self._meta, self._text))
+
+        def read(part: str, key: str) -> Tensor:
+            return self.store.read(part, key, expected[part, key])
+
+        try:
+            return CachedSample(
+                key=entry.key,
+                latents=read("video", parts.video),
+                text=_padded(read("text", parts.text), self.meta.max_sequence_length),
+                references=read("references", parts.references),
+                teacher={name: read("teacher", parts.teachers[name]) for name in self.teachers},
+                subjects=torch.tensor(entry.subjects, dtype=torch.int64),
+                tokens=read("tokens", parts.tokens) if parts.tokens else None,
+            )
+        except (DamagedPartError, KeyError) as error:
+            reason = error if isinstance(error, DamagedPartError) else f"no features of teacher {error}"
+            raise UnreadableRowError(f"cache: {entry.place(self.split)}: {reason}; {REMEDY} to make it anew") from None
+
+    def _empty_text(self, key: str) -> Tensor:
+        try:
+            return self.store.read("text", key, self._text)
+        except DamagedPartError as error:
+            raise UserError(f"cache: the empty text: {error}; {REMEDY} to make it anew") from None
 
 
 def open_cache(options: CacheOptions, rows: Sequence[str] | None = None, *, split: str = "train") -> CachedDataset:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import atomic_file
+from ..json_files import parse_json
 from .parts import file_digest
 
 DIGESTS_NAME = "digests.jsonl"
@@ -87,9 +88,9 @@ def _read(path: Path) -> tuple[dict[str, tuple[Stamp, str]], int]:
     lines = path.read_bytes().splitlines() if path.is_file() else []
     for line in lines:
         try:
-            name, size, modified, changed, digest = json.loads(line)
+            name, size, modified, changed, digest = parse_json(line)
         except (ValueError, TypeError):
             continue
-        if isinstance(digest, str) and len(digest) == 64:
+        if isinstance(name, str) and isinstance(digest, str) and len(digest) == 64:
             known[name] = (size, modified, changed), digest
     return known, len(lines)

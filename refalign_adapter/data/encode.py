@@ -10,6 +10,7 @@ M references, S text tokens, D text width, V augmented variants, h and w a teach
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -92,6 +93,7 @@ class PreparedRow:
         frames: uint8 (F, H, W, 3); None when the latents are in the cache.
         canvases: uint8 (V, M, H', W', 3); None when all that is made of them is in the cache.
         problem: why the row cannot be read.
+        files: path -> sha256 of what it was made of.
     """
 
     size: Size | None = None
@@ -99,6 +101,7 @@ class PreparedRow:
     frames: np.ndarray | None = None
     canvases: np.ndarray | None = None
     problem: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def facts_of(options: CacheOptions, encoders: Encoders) -> Facts:
@@ -177,15 +180,21 @@ class RowPreparer(Dataset[PreparedRow]):
 
     def _prepared(self, row: Row, size: Size) -> PreparedRow:
         """The row at a size; what is in the cache is not decoded."""
-        plan = self.plans[size]
-        parts = parts_of(row, plan.facts, self.digest)
+        plan, files = self.plans[size], {}
+
+        def digest(path: str | Path) -> str:
+            return files.setdefault(os.path.abspath(path), self.digest(path))
+
+        parts = parts_of(row, plan.facts, digest)
+        if row.caption_file is not None:
+            digest(row.caption_file)
         frames = canvases = None
         if self.store.shape("video", parts.video) is None:
             frames = read_clip(row, size, plan.options.fps)
         drawn = [(part, key) for part, key in parts.files() if part in ("references", "teacher", "tokens")]
         if any(self.store.shape(part, key) is None for part, key in drawn):
-            canvases = draw_canvases(row, plan.options, plan.canvas_size, self.digest)
-        return PreparedRow(size, parts, frames, canvases)
+            canvases = draw_canvases(row, plan.options, plan.canvas_size, digest)
+        return PreparedRow(size, parts, frames, canvases, files=dict(sorted(files.items())))
 
 
 def at_its_size(row: Row, sizes: Sequence[Size], fps: float | None, read: Callable[[Size], Result]) -> Result:

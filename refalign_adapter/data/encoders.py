@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from ..errors import ConfigError, UserError
 from ..families.base import Family, load_family
 from ..teachers.base import Teacher, load_teacher
 from .options import DTYPES, CacheOptions, model_id
+from .parts import file_digest
 from .references import reference_size
 from .sizes import Size
 
@@ -159,21 +160,28 @@ def _read_base(options: CacheOptions) -> tuple[Family, tuple[int, int, int]]:
     return family, family.patch_size(transformer)
 
 
-def version_of(options: CacheOptions, components: tuple[str, ...]) -> str:
-    """What version of a base's components is loaded: the Hub's commit, or a digest of a local folder's files.
+def version_of(
+    options: CacheOptions, components: tuple[str, ...], file_digest: Callable[[str | Path], str] = file_digest
+) -> str | None:
+    """What version of a base's components is here: the Hub's commit, or a digest of a local folder's files.
 
     Args:
         options: name the base.
         components: beginnings of the subfolders' names, such as "tokenizer".
+        file_digest: a file's sha256; `digests.FileDigests` reads no file twice that has not changed.
+
+    Returns:
+        None when the base is neither a folder with their weights nor in the Hub's cache.
     """
     if not os.path.isdir(options.base_model):
         path = try_to_load_from_cache(options.base_model, PIPELINE_CONFIG, revision=options.revision)
-        assert isinstance(path, str)  # it was loaded just before
-        return Path(path).parent.name
+        return Path(path).parent.name if isinstance(path, str) else None
     digest = hashlib.sha256()
-    for path in sorted(Path(options.base_model).glob("*/*")):
-        if path.is_file() and path.parent.name.startswith(components):
+    inside = sorted(path for path in Path(options.base_model).glob("*/*") if path.parent.name.startswith(components))
+    if not any(path.suffix == ".safetensors" for path in inside):
+        return None
+    for path in inside:
+        if path.is_file():
             digest.update(f"{path.parent.name}/{path.name}".encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(file_digest(path)))
     return f"sha256:{digest.hexdigest()}"

@@ -2,6 +2,8 @@
 
 cache_dir/meta.json               options, versions of the encoders, the empty text's part
 cache_dir/index-<split>.jsonl     rows in the manifest's order
+
+Both are data that anyone may have written: they are checked by type and range, and a part's key is never a path.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, shorten
 from ..files import atomic_file
-from ..json_files import read_json
-from .options import ADDED
+from ..json_files import parse_json, read_json
+from .options import ADDED, DTYPES
+from .parts import KEY
 
 META_NAME = "meta.json"
 FORMAT = 1
@@ -64,6 +67,10 @@ class IndexEntry:
     subjects: tuple[int, ...]
     source: int = 0
 
+    def place(self, split: str) -> str:
+        """The row in a message."""
+        return f"{split} line {self.line} ({self.file_name})"
+
 
 def index_path(cache_dir: str | Path, split: str) -> Path:
     """Where a split's index is."""
@@ -85,11 +92,11 @@ def read_index(cache_dir: str | Path, split: str) -> list[IndexEntry]:
     path = index_path(cache_dir, split)
     try:
         with path.open(encoding="utf-8") as file:
-            return [_entry(json.loads(line)) for line in file]
+            return [_entry(parse_json(line)) for line in file]
     except FileNotFoundError:
         raise UserError(f"cache_dir: {str(cache_dir)!r} has no {split} rows; {REMEDY}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cache_dir: {str(path)!r} is damaged ({error}); {REMEDY}") from None
+        raise UserError(f"cache_dir: {str(path)!r} is damaged ({_reason(error)}); {REMEDY}") from None
 
 
 def _values(entry: IndexEntry) -> dict[str, Any]:
@@ -102,9 +109,37 @@ def _values(entry: IndexEntry) -> dict[str, Any]:
 
 
 def _entry(values: dict[str, Any]) -> IndexEntry:
-    values["parts"] = RowParts(**values["parts"])
-    values["shape"], values["subjects"] = tuple(values["shape"]), tuple(values["subjects"])
-    return IndexEntry(**values)
+    """The entry of a line.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    parts = RowParts(**values["parts"])
+    shape, subjects = tuple(values["shape"]), tuple(values["subjects"])
+    entry = IndexEntry(**{**values, "parts": parts, "shape": shape, "subjects": subjects})
+    keys = [entry.key, parts.video, parts.references, parts.text, *parts.teachers.values()]
+    wrong = [key for key in [*keys, *([parts.tokens] if parts.tokens is not None else [])] if not _is_key(key)]
+    counts = {"line": (entry.line, 0), "variants": (entry.variants, 1), "source": (entry.source, 0)}
+    wrong += [name for name, (value, least) in counts.items() if not _is_count(value, least)]
+    if len(shape) != 4 or not all(_is_count(side, 1) for side in shape) or not isinstance(entry.file_name, str):
+        wrong.append("shape or file_name")
+    if not subjects or not all(_is_count(number, 0) for number in subjects):
+        wrong.append("subjects")
+    if wrong:
+        raise ValueError(f"a row's {shorten(wrong[0])}")
+    return entry
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, str) and KEY.fullmatch(value) is not None
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**31
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def read_meta(cache_dir: str | Path) -> dict[str, Any]:
@@ -117,8 +152,24 @@ def read_meta(cache_dir: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"cache_dir: there is no finished cache in {str(cache_dir)!r}; {REMEDY}")
     meta = read_json(path, "cache_dir")
-    if not isinstance(meta, dict) or not {"format", "options", "teachers", "empty_text"} <= set(meta):
-        raise UserError(f"cache_dir: {str(path)!r} is damaged; {REMEDY}")
-    if meta["format"] != FORMAT:
+    if isinstance(meta, dict) and meta.get("format") != FORMAT:
         raise UserError(f"cache_dir: {str(cache_dir)!r} was made by another version of this package; {REMEDY}")
+    if not isinstance(meta, dict) or not _is_meta(meta):
+        raise UserError(f"cache_dir: {str(path)!r} is damaged; {REMEDY}")
     return {**meta, "options": {**ADDED, **meta["options"]}}
+
+
+def _is_meta(meta: dict[str, Any]) -> bool:
+    """Whether everything that readers take from it is of the right type."""
+    sections = {name: meta.get(name) for name in ("options", "teachers", "manifests", "provenance")}
+    if not all(isinstance(value, dict) for value in sections.values()):
+        return False
+    video = meta["provenance"].get("video")
+    return (
+        _is_key(meta.get("empty_text"))
+        and all(_is_count(width, 1) for width in meta["teachers"].values())
+        and _is_count(meta["options"].get("max_sequence_length"), 1)
+        and isinstance(video, dict)
+        and isinstance(video.get("dtype"), str)
+        and video["dtype"] in DTYPES
+    )

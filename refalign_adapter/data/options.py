@@ -163,7 +163,7 @@ def options_of(recipe: Any) -> CacheOptions:
     Raises:
         ConfigError: values that make no cache.
     """
-    data = recipe.data.model_dump(exclude={"validation_rows", "bucket_by_references", "buckets"})
+    data = recipe.data.model_dump(exclude={"validation_rows", "bucket_by_references", "buckets", "max_unreadable"})
     aligned = recipe.alignment.weight > 0 and recipe.adapter.align_layers not in (0, [])
     return CacheOptions(
         base_model=recipe.pretrained_model_name_or_path,

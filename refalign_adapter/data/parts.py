@@ -15,26 +15,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
+import re
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import atomic_file
+from ..files import atomic_file, remove_leftovers
+from ..tensor_files import save_tensors
 
 PARTS = ("video", "references", "text", "teacher", "tokens")
 TENSOR, CHECKSUM = "data", "crc32"
 DAMAGED = ".damaged"
 """Ending of a part that was found to be damaged."""
-LEFTOVER_AGE = 3600.0
-"""Seconds after which a temporary file is taken to be a killed run's."""
+KEY = re.compile(r"[0-9a-f]{32}")
+"""A part's key: what `hash_of` gives. Nothing else is ever made a path of."""
 
 
 def hash_of(value: Any) -> str:
@@ -79,6 +80,10 @@ class Expected:
         return None
 
 
+class DamagedPartError(UserError):
+    """A part that is missing, cannot be read, or is not what was written."""
+
+
 class PartStore:
     """Reads and writes the parts under one folder.
 
@@ -88,10 +93,12 @@ class PartStore:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._checked: set[tuple[str, str]] = set()
 
     def path(self, part: str, key: str) -> Path:
         """Where a part is or would be."""
         assert part in PARTS
+        assert KEY.fullmatch(key), key
         return self.folder / part / f"{key}.safetensors"
 
     def shape(self, part: str, key: str) -> tuple[int, ...] | None:
@@ -102,20 +109,35 @@ class PartStore:
         except (OSError, SafetensorError):
             return None
 
-    def read(self, part: str, key: str) -> Tensor:
-        """A part's tensor, mapped from its file: bytes are read when they are used.
+    def read(self, part: str, key: str, expected: Expected | None = None) -> Tensor:
+        """A part's tensor, mapped from its file. The first time, all of it is checked; later, bytes are read as used.
+
+        One that is damaged is set aside, so that the next cache run makes it anew.
+
+        Args:
+            part, key: which one.
+            expected: what it has to be; None: anything.
 
         Raises:
-            UserError: it is missing or damaged.
+            DamagedPartError: it is missing or damaged.
         """
         path = self.path(part, key)
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(TENSOR)
-        except (OSError, SafetensorError):
-            raise UserError(
-                f"cache: {str(path)!r} is missing or damaged; run `refalign cache --config …` to make it again"
-            ) from None
+                tensor = file.get_tensor(TENSOR)
+                if (part, key) in self._checked:
+                    return tensor
+                problem = _problem(tensor, file.metadata(), expected)
+        except FileNotFoundError:
+            raise DamagedPartError(f"{str(path)!r} is missing") from None
+        except (OSError, SafetensorError) as error:
+            problem = f"cannot be read ({' '.join(str(error).split())[:200]})"
+        if problem is not None:
+            with suppress(UserError):  # a cache may lie where nothing can be written
+                self.set_aside(part, key)
+            raise DamagedPartError(f"{str(path)!r} {problem}")
+        self._checked.add((part, key))
+        return tensor
 
     def write(self, part: str, key: str, tensor: Tensor) -> int:
         """Write a part, atomically; returns its size in bytes.
@@ -127,8 +149,8 @@ class PartStore:
         if not tensor.isfinite().all():
             hint = "; it overflows in fp16, set data.dtype=bf16" if tensor.dtype == torch.float16 else ""
             raise UserError(f"cache: the encoder made values for {part} that are no finite numbers{hint}")
-        with atomic_file(path) as temporary:
-            save_file({TENSOR: tensor}, temporary, metadata={CHECKSUM: _checksum(tensor)})
+        with atomic_file(path, durable=False) as temporary:  # what a power cut spoils is made again
+            save_tensors(temporary, {TENSOR: tensor}, {CHECKSUM: _checksum(tensor)})
         return path.stat().st_size
 
     def problem(self, part: str, key: str, expected: Expected) -> str | None:
@@ -138,12 +160,9 @@ class PartStore:
             return "is missing"
         try:
             with safe_open(path, framework="pt") as file:
-                tensor, checksum = file.get_tensor(TENSOR), (file.metadata() or {}).get(CHECKSUM)
+                return _problem(file.get_tensor(TENSOR), file.metadata(), expected)
         except (OSError, SafetensorError) as error:
             return f"cannot be read ({error})"
-        if checksum is not None and checksum != _checksum(tensor):
-            return "is not what was written: its checksum differs"
-        return expected.problem(tensor)
 
     def set_aside(self, part: str, key: str) -> None:
         """Give a part, if it is there, another ending, so that it counts as missing.
@@ -163,11 +182,17 @@ class PartStore:
         return self.path(part, key).stat().st_size
 
     def remove_leftovers(self) -> None:
-        """Delete the temporary files of killed runs; those of the last hour stay, as they may be another process's."""
-        for part in PARTS:
-            for path in (self.folder / part).glob(".*.tmp.safetensors"):
-                if time.time() - path.stat().st_mtime > LEFTOVER_AGE:
-                    path.unlink(missing_ok=True)
+        """Delete what killed runs left half-written; see `files.remove_leftovers`."""
+        for folder in (self.folder, *(self.folder / part for part in PARTS)):
+            remove_leftovers(folder)
+
+
+def _problem(tensor: Tensor, metadata: dict[str, str] | None, expected: Expected | None) -> str | None:
+    """What is wrong with a tensor that was read; one without a checksum is not held to it."""
+    checksum = (metadata or {}).get(CHECKSUM)
+    if checksum is not None and checksum != _checksum(tensor):
+        return "is not what was written: its checksum differs"
+    return expected.problem(tensor) if expected is not None else None
 
 
 def _checksum(tensor: Tensor) -> str:

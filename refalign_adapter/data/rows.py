@@ -65,6 +65,7 @@ class Row:
         segment: the clip's first frame and the one after its last, counted from 0; None: the whole file.
         crop: what of its frames is used, (left, top, right, bottom) in pixels; None: all.
         source: which of the sources that are mixed it is from, counted from 0.
+        caption_file: the file beside the clip that the caption is from; None: its table.
     """
 
     file_name: str
@@ -76,6 +77,7 @@ class Row:
     segment: tuple[int, int] | None = None
     crop: tuple[int, int, int, int] | None = None
     source: int = 0
+    caption_file: Path | None = None
 
     @property
     def subjects(self) -> list[int]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import shorten
+
 EXAMPLE = "81x480x832"
 CLOCK_TOLERANCE = 1e-3
 """Seconds by which a container's rounded time stamps may be late."""
@@ -58,10 +60,10 @@ class VideoFacts:
 def size_problems(values: Any, field: str) -> Iterator[str]:
     """What is wrong with sizes as a recipe gives them, a line each."""
     if not values:
-        yield f"{field} must name at least one size such as {EXAMPLE}, got {values!r}; null = one size"
+        yield f"{field} must name at least one size such as {EXAMPLE}, got {shorten(values)}; null = one size"
     for index, value in enumerate(values):
         if _numbers(value) is None:
-            yield f"{field}.{index} must be frames x height x width such as {EXAMPLE}, got {value!r}"
+            yield f"{field}.{index} must be frames x height x width such as {EXAMPLE}, got {shorten(value)}"
 
 
 def parse_sizes(values: Iterable[str]) -> tuple[Size, ...]:
@@ -71,7 +73,7 @@ def parse_sizes(values: Iterable[str]) -> tuple[Size, ...]:
 
 
 def _numbers(value: Any) -> tuple[int, int, int] | None:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", value) if isinstance(value, str) else None
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,4})x([1-9]\d{0,4})", value) if isinstance(value, str) else None
     return (int(found[1]), int(found[2]), int(found[3])) if found else None
 
 

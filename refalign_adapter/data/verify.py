@@ -6,18 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConfigError
+from .contents import File, row_contents, text_contents
 from .dataset import open_cache
-from .index import REMEDY, IndexEntry, read_index, read_meta
+from .index import REMEDY, read_index, read_meta
 from .lock import deleting
-from .options import DTYPES, CacheOptions
+from .options import CacheOptions
 from .parts import DAMAGED, PARTS, Expected, PartStore
 
 Progress = Callable[[int, int], None]
-File = tuple[str, str]
-"""Part and key."""
 
 
 @dataclass(frozen=True)
@@ -71,27 +69,12 @@ def verify_cache(options: CacheOptions, progress: Progress | None = None) -> Fil
 def _all_expected(options: CacheOptions, store: PartStore) -> Iterator[tuple[str, File, Expected]]:
     """(row, file, what it has to hold) for every part of every row."""
     meta = read_meta(options.cache_dir)
-    dtype = DTYPES[meta["provenance"]["video"]["dtype"]]
-    shape = store.shape("text", meta["empty_text"])
-    width = shape[-1] if shape else None
-    yield "the empty text", ("text", meta["empty_text"]), Expected((None, width), dtype)
+    text = text_contents(meta, store)
+    yield "the empty text", ("text", meta["empty_text"]), text
     for split in options.manifests:
         for entry in read_index(options.cache_dir, split):
-            row = f"{split} line {entry.line} ({entry.file_name})"
-            for file, content in _expected_of(entry, meta, Expected((None, width), dtype)):
-                yield row, file, content
-
-
-def _expected_of(entry: IndexEntry, meta: dict[str, Any], text: Expected) -> Iterator[tuple[File, Expected]]:
-    """What one row's files have to hold."""
-    parts, shown, dtype = entry.parts, (entry.variants, len(entry.subjects)), text.dtype
-    yield ("video", parts.video), Expected(entry.shape, dtype)
-    yield ("references", parts.references), Expected((*shown, entry.shape[0], None, None), dtype)
-    yield ("text", parts.text), text
-    for name, key in parts.teachers.items():
-        yield ("teacher", key), Expected((*shown, None, None, meta["teachers"][name]), dtype)
-    if parts.tokens:
-        yield ("tokens", parts.tokens), Expected((*shown, None, None), None)
+            for file, content in row_contents(entry, meta, text):
+                yield entry.place(split), file, content
 
 
 def prune_cache(cache_dir: str | Path) -> Files:

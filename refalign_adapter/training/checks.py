@@ -22,6 +22,7 @@ def cross_field_problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _part_problems("adapter", recipe.adapter_config)
     yield from _part_problems("alignment", recipe.alignment_schedule)
     yield from _optimizer_problems(recipe)
+    yield from _length_problems(recipe)
     yield from _memory_problems(recipe)
     yield from _output_problems(recipe)
     yield from _dropout_problems(recipe)
@@ -74,6 +75,20 @@ def _optimizer_problems(recipe: Recipe) -> Iterator[Problem]:
             f"lr_warmup_steps is {recipe.lr_warmup_steps}, but lr_scheduler 'constant' has no warm-up; "
             "use constant_with_warmup",
         )
+
+
+def _length_problems(recipe: Recipe) -> Iterator[Problem]:
+    lengths = {
+        ("lr_warmup_steps",): recipe.lr_warmup_steps,
+        ("alignment.warmup_steps",): recipe.alignment.warmup_steps,
+    }
+    for (name,), steps in lengths.items():
+        if steps > recipe.max_train_steps:
+            yield (
+                (name, "max_train_steps"),
+                f"{name} is {steps}, beyond max_train_steps ({recipe.max_train_steps}): the run would end while it "
+                "rises; lower it",
+            )
 
 
 def _memory_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -13,11 +13,19 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from ..alignment.schedule import AlignmentSchedule
 from ..config import DEFAULT_TEACHER, RefAlignConfig
 
-Text = Annotated[str, StringConstraints(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+FromZero = Annotated[int, Field(ge=0, le=10**9)]
+Few = Annotated[int, Field(ge=1, le=10**4)]
+Pixels = Annotated[int, Field(ge=1, le=16_384)]
+Frames = Annotated[int, Field(ge=1, le=100_000)]
+Workers = Annotated[int, Field(ge=0, le=1_024)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What every library that draws takes."""
 Share = Annotated[float, Field(ge=0, le=1)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)]
 Sources = Text | dict[str, Any] | list[Any]
 """Where rows are, see `data.manifest`; `checks` looks inside."""
 
@@ -71,7 +79,7 @@ class AlignmentSection(Section):
     """The alignment loss and the schedule of its weight."""
 
     weight: NotNegative = Field(default=1.0, description="η, the alignment loss's weight; 0 = no alignment")
-    warmup_steps: int = Field(default=0, ge=0, description="steps over which the weight rises from 0")
+    warmup_steps: FromZero = Field(default=0, description="steps over which the weight rises from 0")
     decay: Literal["constant", "cosine"] = Field(
         default="constant", description="what the weight does after its warm-up"
     )
@@ -79,7 +87,7 @@ class AlignmentSection(Section):
         default=None, description="length of the cosine decay; null = to the end of the run"
     )
     final_weight: NotNegative = Field(default=0.0, description="weight at the end of the cosine decay")
-    cutoff_step: int | None = Field(default=None, ge=0, description="step from which the weight is 0; null = never")
+    cutoff_step: FromZero | None = Field(default=None, description="step from which the weight is 0; null = never")
     negative_weight: NotNegative = Field(default=1.0, description="λ, weight of the negative (other subjects) term")
     positive_margin: float = Field(default=0.0, ge=0, le=2, description="cosine distance that is close enough")
     negative_margin: float = Field(
@@ -96,7 +104,7 @@ class FlowSection(Section):
     timestep_sampling: Literal["uniform", "logit_normal"] = Field(
         default="uniform", description="distribution of timesteps"
     )
-    logit_mean: float = Field(default=0.0, allow_inf_nan=False, description="mean of logit_normal")
+    logit_mean: float = Field(default=0.0, ge=-100, le=100, allow_inf_nan=False, description="mean of logit_normal")
     logit_std: Positive = Field(default=1.0, description="standard deviation of logit_normal")
     shift: Positive | None = Field(default=None, description="timestep shift; null = the one of the base's scheduler")
 
@@ -134,13 +142,15 @@ class SampleSection(Section):
     """How videos are made while training."""
 
     negative_prompt: str = Field(default="", description="prompt in place of the empty text")
-    height: Count | None = Field(default=None, description="pixels; null = data.height, or the first bucket's")
-    width: Count | None = Field(default=None, description="pixels; null = data.width, or the first bucket's")
-    num_frames: Count | None = Field(default=None, description="frames; null = data.num_frames, or the first bucket's")
-    num_inference_steps: Count = Field(default=30, description="denoising steps of a video")
+    height: Pixels | None = Field(default=None, description="pixels; null = data.height, or the first bucket's")
+    width: Pixels | None = Field(default=None, description="pixels; null = data.width, or the first bucket's")
+    num_frames: Frames | None = Field(
+        default=None, description="frames; null = data.num_frames, or the first bucket's"
+    )
+    num_inference_steps: Few = Field(default=30, description="denoising steps of a video")
     image_guidance_scale: NotNegative = Field(default=5.0, description="guidance towards the references")
-    guidance_scale: float = Field(default=7.5, ge=1, description="guidance towards the prompt; 1 = off")
-    seed: int = Field(default=0, ge=0, description="of the initial noise, the same every time")
+    guidance_scale: float = Field(default=7.5, ge=1, le=1e6, description="guidance towards the prompt; 1 = off")
+    seed: Seed = Field(default=0, description="of the initial noise, the same every time")
 
 
 class DataSection(Section):
@@ -151,39 +161,46 @@ class DataSection(Section):
         description="the training rows: a path, {path, format, videos, ratio, max_rows, …}, or a list of those",
     )
     validation_data: Sources | None = Field(default=None, description="the held-out rows, in the same ways")
-    validation_rows: int = Field(
-        default=0, ge=0, description="last rows of train_data to hold out, without validation_data"
+    validation_rows: FromZero = Field(
+        default=0, description="last rows of train_data to hold out, without validation_data"
     )
     bucket_by_references: bool = Field(
         default=False, description="samples of a batch have the same number of references, so that none is padded"
     )
     cache_dir: Text = Field(description="folder of the cached latents, embeddings and teacher features")
-    height: Count = Field(default=480, description="pixels")
-    width: Count = Field(default=832, description="pixels")
-    num_frames: Count = Field(default=81, description="frames of a clip")
+    height: Pixels = Field(default=480, description="pixels")
+    width: Pixels = Field(default=832, description="pixels")
+    num_frames: Frames = Field(default=81, description="frames of a clip")
     buckets: list[Text] | None = Field(
         default=None,
         description="sizes in place of num_frames, height and width: frames x height x width, such as [81x480x832, "
         "81x832x480]; a clip goes to the one that suits it best. null = that one size",
     )
-    fps: Positive | None = Field(
+    fps: Rate | None = Field(
         default=16.0, description="frames per second that clips are sampled at; null = as they are"
     )
-    max_references: Count = Field(default=4, description="references of a sample at most")
+    max_references: Few = Field(default=4, description="references of a sample at most")
     augment_references: bool = Field(
         default=True, description="rotate, scale, flip, shear, blur and colour the references of regular pairs"
     )
-    reference_variants: Count = Field(default=1, description="augmented versions of each reference that are cached")
+    reference_variants: Few = Field(default=1, description="augmented versions of each reference that are cached")
     keep_background: bool = Field(default=False, description="keep what a reference's mask leaves out, inside its box")
     teacher_grid: Literal["match", "native"] = Field(
         default="match", description="references are shown to teachers on the DiT's token grid or on the teacher's own"
     )
-    teacher_layer: int = Field(default=-1, description="hidden states of the teachers; -1 = the last")
+    teacher_layer: int = Field(
+        default=-1, ge=-1_000, le=1_000, description="hidden states of the teachers; -1 = the last"
+    )
     dtype: Literal["fp32", "fp16", "bf16"] = Field(default="bf16", description="what the cache stores")
     text_encoder_dtype: Literal["fp32", "fp16", "bf16"] = Field(
         default="bf16", description="the text encoder computes in it"
     )
-    num_workers: int = Field(default=0, ge=0, description="processes that decode clips while the cache is made")
+    num_workers: Workers = Field(default=0, description="processes that decode clips while the cache is made")
+    max_unreadable: Share = Field(
+        default=0.01,
+        description="share of the training rows that may turn unreadable while training; others of their shape are "
+        "taken instead, and the end lists them. More stop the run",
+    )
 
 
 class Recipe(Section):
@@ -200,11 +217,11 @@ class Recipe(Section):
     init_adapter: Text | None = Field(
         default=None, description="adapter to start from, such as stage 1's; null = afresh"
     )
-    seed: int = Field(default=0, ge=0, description="of everything random")
+    seed: Seed = Field(default=0, description="of everything random")
 
     max_train_steps: Count = Field(default=3000, description="optimizer steps")
-    train_batch_size: Count = Field(default=1, description="samples of a process at a time")
-    gradient_accumulation_steps: Count = Field(default=1, description="batches per optimizer step")
+    train_batch_size: Few = Field(default=1, description="samples of a process at a time")
+    gradient_accumulation_steps: Few = Field(default=1, description="batches per optimizer step")
     gradient_checkpointing: bool = Field(
         default=False, description="recompute blocks in backward: less memory, more time"
     )
@@ -220,19 +237,17 @@ class Recipe(Section):
         default=None, description="the frozen base in 4 or 8 bits, by bitsandbytes on a GPU; null = not quantised"
     )
     allow_tf32: bool = Field(default=False, description="TF32 matrix products on NVIDIA GPUs")
-    dataloader_num_workers: int = Field(
-        default=0, ge=0, description="processes that read samples; 0 = the training process"
+    dataloader_num_workers: Workers = Field(
+        default=0, description="processes that read samples; 0 = the training process"
     )
 
-    learning_rate: Positive = Field(default=1e-4, description="of the LoRA")
-    projector_learning_rate: Positive | None = Field(
-        default=None, description="of the projectors; null = learning_rate"
-    )
+    learning_rate: Rate = Field(default=1e-4, description="of the LoRA")
+    projector_learning_rate: Rate | None = Field(default=None, description="of the projectors; null = learning_rate")
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = Field(default="constant", description="as in diffusers")
-    lr_warmup_steps: int = Field(default=0, ge=0, description="optimizer steps over which the learning rate rises")
-    lr_num_cycles: Count = Field(default=1, description="restarts of cosine_with_restarts")
+    lr_warmup_steps: FromZero = Field(default=0, description="optimizer steps over which the learning rate rises")
+    lr_num_cycles: Few = Field(default=1, description="restarts of cosine_with_restarts")
     lr_power: Positive = Field(default=1.0, description="power of polynomial")
 
     optimizer: Text = Field(

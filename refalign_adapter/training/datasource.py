@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from accelerate import Accelerator
@@ -13,11 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..batch import Batch, CachedSample
 from ..data.buckets import BucketBatchSampler
-from ..data.dataset import CachedDataset, collate, open_cache
+from ..data.dataset import CachedDataset, UnreadableRowError, collate, open_cache
+from ..data.freshness import check_fresh
 from ..data.index import REMEDY
 from ..data.manifest import sources_of
 from ..data.options import options_of
+from ..data.parts import hash_of
 from ..errors import UserError
+from ..signals import tell
 from .config import Recipe
 
 
@@ -32,6 +35,9 @@ class TrainingData:
         groups: index lists of the validation batches, the same on every process.
         empty_text: (S, D) embedding of the empty prompt, on the process's device.
         workers: processes that read training samples.
+        shapes: what rows must have in common to share a batch, one of each training row.
+        max_unreadable: share of the training rows that may turn unreadable, in [0, 1].
+        unreadable: rows that did: place -> why; others of their shape were taken instead.
     """
 
     training: CachedDataset
@@ -40,6 +46,14 @@ class TrainingData:
     groups: list[list[int]]
     empty_text: Tensor
     workers: int
+    shapes: list[Hashable] = field(default_factory=list)
+    max_unreadable: float = 0.0
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Of the training rows and their order."""
+        return hash_of(self.training.keys)
 
     @property
     def teachers(self) -> dict[str, int]:
@@ -47,15 +61,32 @@ class TrainingData:
         return self.training.meta.teachers
 
     def training_batches(self, epoch: int, position: int) -> Iterator[Batch]:
-        """One pass over the training rows after the other without end, from batch `position` of pass `epoch` on."""
+        """One pass over the training rows after the other without end, from batch `position` of pass `epoch` on.
+
+        Raises:
+            UserError: more rows than `max_unreadable` allows cannot be read.
+        """
         passes = _Passes(self.sampler, epoch, position)
         loader = DataLoader(
-            _EpochRows(self.training),
+            _EpochRows(self.training, self.shapes),
             batch_sampler=passes,  # type: ignore[arg-type]  # any iterable of lists
             num_workers=self.workers,
             collate_fn=_collate_rows,
         )
-        yield from loader
+        for batch in loader:
+            self._note(batch.unreadable)
+            yield batch
+
+    def _note(self, unreadable: dict[str, str]) -> None:
+        for place, reason in unreadable.items():
+            if place not in self.unreadable:
+                self.unreadable[place] = reason
+                tell(f"skipped, another row is taken: {reason}")
+        if len(self.unreadable) > self.max_unreadable * len(self.training):
+            raise UserError(
+                f"data.max_unreadable: {len(self.unreadable)} of {len(self.training)} rows cannot be read, more than "
+                f"the share {self.max_unreadable:g}; the first: {next(iter(self.unreadable.values()))}"
+            )
 
     def validation_batch(self, index: int) -> Batch:
         """One validation batch, with the first variant of every reference."""
@@ -79,28 +110,61 @@ class _Passes:
                 yield [(epoch, row) for row in rows]
 
 
-class _EpochRows(Dataset[tuple[int, CachedSample]]):
-    """(epoch, row) to (epoch, sample)."""
+@dataclass
+class _EpochRow:
+    """A sample as a batch takes it.
 
-    def __init__(self, dataset: CachedDataset):
-        self.dataset = dataset
+    Attributes:
+        epoch: the pass it is for.
+        sample: the row, or another of its shape where it cannot be read.
+        name: where the sample's row stands in its manifest.
+        unreadable: rows that were passed over: place -> why.
+    """
 
-    def __getitem__(self, index: tuple[int, int]) -> tuple[int, CachedSample]:
+    epoch: int
+    sample: CachedSample
+    name: str
+    unreadable: dict[str, str]
+
+
+class _EpochRows(Dataset[_EpochRow]):
+    """(epoch, row) to a sample; the next row of the same shape stands in for one that cannot be read."""
+
+    def __init__(self, dataset: CachedDataset, shapes: Sequence[Hashable]):
+        self.dataset, self.shapes = dataset, shapes
+
+    def __getitem__(self, index: tuple[int, int]) -> _EpochRow:
         epoch, row = index
-        return epoch, self.dataset[row]
+        unreadable: dict[str, str] = {}
+        for other in self._alike(row):
+            place = self.dataset.entries[other].place(self.dataset.split)
+            try:
+                return _EpochRow(epoch, self.dataset[other], place, unreadable)
+            except UnreadableRowError as error:
+                unreadable[place] = str(error)
+        raise UserError(next(iter(unreadable.values())))  # no row of this shape can be read
+
+    def _alike(self, row: int) -> Iterator[int]:
+        """The row, then those after it that have its shape, round to it again."""
+        count = len(self.dataset)
+        around = ((row + step) % count for step in range(count))
+        return (other for other in around if other == row or self.shapes[other] == self.shapes[row])
 
 
-def _collate_rows(rows: Sequence[tuple[int, CachedSample]]) -> Batch:
+def _collate_rows(rows: Sequence[_EpochRow]) -> Batch:
     """Stack samples; in every epoch a row shows the next of its references' augmented variants."""
-    variants = [epoch + zlib.crc32(sample.key.encode()) for epoch, sample in rows]
-    return collate([sample for _, sample in rows], variants=variants)
+    variants = [row.epoch + zlib.crc32(row.sample.key.encode()) for row in rows]
+    batch = collate([row.sample for row in rows], variants=variants)
+    unreadable = {place: reason for row in rows for place, reason in row.unreadable.items()}
+    return replace(batch, names=[row.name for row in rows], unreadable=unreadable)
 
 
 def open_data(recipe: Recipe, accelerator: Accelerator) -> TrainingData:
     """Open the recipe's cache.
 
     Raises:
-        UserError: there is no cache, it was made with other settings, or it has too few rows.
+        UserError: there is no cache, it was made with other settings or its files have changed since, or it has too
+            few rows.
     """
     options = options_of(recipe)
     training = open_cache(options)
@@ -112,9 +176,12 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> TrainingData:
             raise UserError(f"data.validation_rows must leave rows to train on, got {held_out} of {len(keys)}")
         training = open_cache(options, keys[:-held_out])
         validation = open_cache(options, keys[-held_out:])
+    if accelerator.is_main_process:
+        check_fresh(options)
     buckets = partial(_buckets, by_references=recipe.data.bucket_by_references)
+    shapes = buckets(training)
     sampler = BucketBatchSampler(
-        buckets(training),
+        shapes,
         recipe.train_batch_size,
         seed=recipe.seed,
         rank=accelerator.process_index,
@@ -130,6 +197,8 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> TrainingData:
         groups[: recipe.validation_batches],
         training.meta.empty_text.to(accelerator.device),
         recipe.dataloader_num_workers,
+        shapes,
+        recipe.data.max_unreadable,
     )
 
 

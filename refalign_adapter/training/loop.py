@@ -17,6 +17,7 @@ from ..batch import Batch
 from ..data.prefetch import read_ahead
 from ..errors import UserError
 from ..files import atomic_folder, require_writable_folder
+from ..signals import tell
 from .checkpoint import (
     ADAPTER,
     TRAINING,
@@ -92,6 +93,7 @@ def train(recipe: Recipe) -> Path:
     )
     try:
         _train_all(run, watchers)
+        _tell_unreadable(run)
         return finish(run)
     finally:
         watchers.bar.close()
@@ -222,6 +224,15 @@ def endless_batches(run: Run) -> Iterator[Batch]:
         yield batch
 
 
+def _tell_unreadable(run: Run) -> None:
+    """List at the end what went by in the middle."""
+    if found := run.data.unreadable:
+        tell(
+            f"{len(found)} of {len(run.data.training)} rows could not be read and others were taken instead: "
+            f"{', '.join(found)}; run `refalign cache` with this recipe to make them anew"
+        )
+
+
 def _is_due(run: Run, every: int | None) -> bool:
     step = run.progress.step
     return every is not None and (step % every == 0 or step == run.recipe.max_train_steps)
@@ -235,10 +246,9 @@ def _look(run: Run, watchers: _Watchers, first: bool = False) -> None:
             values = validate(
                 run.module,
                 run.data.validation_batch,
-                [len(group) for group in run.data.groups],
+                run.data.groups,
                 run.data.empty_text,
                 run.accelerator,
-                seed=recipe.seed,
                 alignment_weight=recipe.alignment.weight,
             )
         watchers.log.write(step, {f"validation/{name}": value for name, value in values.items()})

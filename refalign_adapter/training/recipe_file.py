@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,36 +13,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ..config import unknown_key
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, shorten
 from ..files import atomic_file
+from ..json_files import decode_text, read_bytes
 from .checks import cross_field_problems, machine_problems
 from .config import Recipe, SamplePrompt
+from .yaml_text import parse_yaml
 
 PLACEHOLDER = "?"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 5e-5 is a number, `no` is text (as in YAML 1.2) and a key given twice is an error."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+MAX_BYTES = 2**20
+"""Of a recipe; those that come along have some three thousand bytes."""
+EXAMINED = 1000
+LISTED = 50
+"""Mistakes that are told; a file that is no recipe at all can have a great many."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_machine: bool = False) -> Recipe:
@@ -61,7 +43,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check_machin
     problems = [problem for override in overrides if (problem := _apply_override(values, override))]
     recipe, found = _validate(values, check_machine)
     if problems or found or recipe is None:
-        raise ConfigError([*problems, *found], str(path))
+        lines = [*problems, *found]
+        more = [f"… and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+        raise ConfigError([*lines[:LISTED], *more], str(path))
     return recipe
 
 
@@ -108,11 +92,11 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any,
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        values = parse_yaml(decode_text(read_bytes(path, max_bytes=MAX_BYTES)))
     except OSError as error:
         raise UserError(f"config: cannot read {str(path)!r} ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config: {str(path)!r} is not valid YAML ({_reason(error)})") from None
+    except ValueError as error:
+        raise UserError(f"config: {str(path)!r} is not valid YAML ({error})") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -120,26 +104,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _reason(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    text = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return f"line {mark.line + 1}: {text}" if mark else text
-
-
 def _apply_override(values: dict[str, Any], override: str) -> str | None:
     """Set one dotted key in place; returns the problem, if any."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        return f"{override!r} is no override; write key=value, such as learning_rate=1e-4"
+        return f"{shorten(override)} is no override; write key=value, such as learning_rate=1e-4"
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        return f"{key}: {text!r} is not a YAML value ({_reason(error)})"
+        value = parse_yaml(text)
+    except ValueError as error:
+        return f"{shorten(key)[1:-1]}: {shorten(text)} is not a YAML value ({error})"
     *sections, name = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            return f"{key} is no known field; {section} is not a section"
+            return f"{shorten(key)[1:-1]} is no known field; {shorten(section)[1:-1]} is not a section"
     values[name] = value
     return None
 
@@ -150,7 +128,7 @@ def _validate(values: dict[str, Any], check_machine: bool) -> tuple[Recipe | Non
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        details = error.errors(include_url=False)[:EXAMINED]
         recipe = _without(values, details)
     lines, bad = _lines(details), {".".join(_field(item)) for item in details}
     if recipe is not None:
@@ -213,17 +191,17 @@ def _lines(details: Sequence[ErrorDetails]) -> list[str]:
     """One line per faulty value: field, what it should be, the value received."""
     lines: list[str] = []
     wanted: dict[tuple[str, str], list[str]] = {}
+    known = {path.rpartition(".")[2] for path in field_paths()} | set(SamplePrompt.model_fields)
     for item in details:
-        location = ".".join(str(part) for part in item["loc"])
+        location = ".".join(str(part)[:100] for part in item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(_unknown(location))
         elif item["type"] == "missing":
             lines.append(f"{location} is required")
         else:
-            known = {path.rpartition(".")[2] for path in field_paths()} | set(SamplePrompt.model_fields)
             name = ".".join(str(part) for part in item["loc"] if isinstance(part, int) or part in known)
-            must = item["msg"].removeprefix("Input should ")
-            wanted.setdefault((name, repr(item["input"])), []).append(must)
+            must = item["msg"].removeprefix("Input should ").removeprefix("String should ")
+            wanted.setdefault((name, shorten(item["input"])), []).append(must)
     return lines + [f"{name} should {' or '.join(must)}, got {value}" for (name, value), must in wanted.items()]
 
 

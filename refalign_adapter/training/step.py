@@ -71,6 +71,7 @@ class TrainingStep(nn.Module):
         alignment_weight: float,
         drop_conditions: bool = True,
         sigmas: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> StepOutput:
         """Losses of one batch.
 
@@ -81,11 +82,14 @@ class TrainingStep(nn.Module):
             alignment_weight: η of this step; 0 skips the alignment.
             drop_conditions: whether text and references are dropped at random (training) or kept (validation).
             sigmas: (B,) in [0, 1], instead of drawn ones.
+            noise: of the latents' shape, likewise.
         """
         text, mask = batch.text, batch.mask
         if drop_conditions:
             text, mask = self._drop_conditions(batch, empty_text, generator)
-        noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents.device)
+        if noise is None:
+            noise = torch.randn(batch.latents.shape, generator=generator)
+        noise = noise.to(batch.latents.device)
         if sigmas is None:
             sigmas = self._draw_sigmas(len(batch.keys), generator)
         sigmas = sigmas.to(noise.device)
@@ -155,6 +159,7 @@ class TrainingStep(nn.Module):
         shown = {"mask": mask.cpu(), "subjects": batch.subjects.cpu()}  # the loss reads them on the host, every time
         if batch.tokens is not None:
             shown["tokens"] = batch.tokens.flatten(2).cpu()
+        output.references = int(shown["mask"].sum())
         totals = []
         for block, students in self.projectors(features).items():
             parts = [self._block_loss(student, targets[name], shown, gate) for name, student in students.items()]

@@ -23,8 +23,8 @@ class LossMeter:
     """Means of losses over batches and processes.
 
     The names it gives: `loss`, `flow`, `positive`, `negative` (means over the aligned blocks), and per block
-    `cosine/block_{index}`. As in the loss, samples without references count 0 in the positive and negative term; they
-    do not count in the cosine.
+    `cosine/block_{index}`. As in the loss, samples without references count 0 in the positive and negative term; the
+    cosine is a mean over references.
 
     Args:
         blocks: indices of the aligned blocks.
@@ -50,8 +50,10 @@ class LossMeter:
         elif aligned:
             values += [torch.zeros(()), torch.zeros(())]
         row = torch.stack([value.detach().double().cpu() for value in values])
-        self.sums[: len(row)] += row * samples
-        self.counts[: len(row)] += samples
+        weights = torch.full_like(row, samples)
+        weights[len(self.names) - len(self.blocks) :] = output.references  # the cosine is a mean over references
+        self.sums[: len(row)] += row * weights
+        self.counts[: len(row)] += weights
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over what was added on all processes, by name, those without a value left out; then forgets it."""

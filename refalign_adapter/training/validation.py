@@ -1,7 +1,12 @@
-"""Held-out losses at fixed noise and fixed timesteps: the same weights give the same numbers."""
+"""Held-out losses at fixed noise and fixed timesteps: the same weights and rows give the same numbers.
+
+Noise and timestep are each row's own. So they depend on nothing else: not on which rows share a batch, nor on the
+seed of the training.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -16,24 +21,29 @@ from .tracking import LossMeter
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
 
-def fixed_sigmas(first: int, count: int, shift: float) -> torch.Tensor:
-    """(count,) sigmas of samples first, first + 1, …: multiples of the golden ratio modulo 1, then shifted.
+def fixed_sigmas(rows: Sequence[int], shift: float) -> torch.Tensor:
+    """(rows,) sigmas of held-out rows, by their numbers: multiples of the golden ratio modulo 1, then shifted.
 
-    Neighbours are far apart, so that any few samples cover [0, 1] evenly.
+    Neighbours are far apart, so that any few rows cover [0, 1] evenly.
     """
-    positions = torch.arange(first, first + count, dtype=torch.float64) + 0.5
+    positions = torch.tensor(rows, dtype=torch.float64) + 0.5
     return shift_sigmas(positions * GOLDEN_RATIO % 1.0, shift).float()
+
+
+def fixed_noise(key: str, shape: Sequence[int]) -> torch.Tensor:
+    """A row's noise of this shape, by its key."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def validate(
     module: TrainingStep,
     load: Callable[[int], Batch],
-    sizes: Sequence[int],
+    groups: Sequence[Sequence[int]],
     empty_text: torch.Tensor,
     accelerator: Accelerator,
     *,
-    seed: int,
     alignment_weight: float,
 ) -> dict[str, float]:
     """Mean losses over all batches, shared out among the processes.
@@ -41,32 +51,31 @@ def validate(
     Args:
         module: the training step, not wrapped for several processes.
         load: gives the batch of an index.
-        sizes: samples of each batch, the same on every process.
+        groups: numbers of the held-out rows in each batch, the same on every process.
         empty_text: (S, D) embedding of the empty prompt.
         accelerator: its device; sums over its processes.
-        seed: of the noise; each batch has its own.
         alignment_weight: η in the loss that is told; 0 leaves the alignment out.
 
     Returns:
         Means by name, see `LossMeter`. Samples weigh alike.
     """
     meter = LossMeter(module.branch.align_blocks)
-    first = 0
     training = module.training
     module.eval()
     try:
-        for index, count in enumerate(sizes):
+        for index, rows in enumerate(groups):
             if index % accelerator.num_processes == accelerator.process_index:
+                batch = load(index)
                 output = module(
-                    load(index).to(accelerator.device),
+                    batch.to(accelerator.device),
                     empty_text,
-                    generator=torch.Generator().manual_seed(seed + index),
+                    generator=torch.Generator(),  # nothing is drawn from it
                     alignment_weight=alignment_weight,
                     drop_conditions=False,
-                    sigmas=fixed_sigmas(first, count, module.options.shift),
+                    sigmas=fixed_sigmas(rows, module.options.shift),
+                    noise=torch.stack([fixed_noise(key, batch.latents.shape[1:]) for key in batch.keys]),
                 )
-                meter.add(output, count, alignment_weight > 0)
-            first += count
+                meter.add(output, len(rows), alignment_weight > 0)
     finally:
         module.train(training)
     return meter.reduce(accelerator)

@@ -28,6 +28,7 @@ from refalign_adapter.data.parts import PartStore
 from refalign_adapter.data.references import prepare_reference
 from refalign_adapter.data.video import read_image, read_mask, read_video
 from refalign_adapter.errors import ConfigError, UserError
+from refalign_adapter.files import HOST
 
 ALL = {"video": 4, "references": 4, "text": 5, "teacher": 4}  # the fifth text is the empty one
 
@@ -40,9 +41,9 @@ def copy_of(options, folder):
 
 
 def contents(cache_dir):
-    """All files of a cache but its lock and its notes on the data set's files: path -> bytes."""
+    """All files of a cache but its lock and its notes on where the data set's files are: path -> bytes."""
     files = [path for path in Path(cache_dir).rglob("*.*") if path.is_file() and path.name != DIGESTS_NAME]
-    files = [path for path in files if path.name != LOCK_NAME]
+    files = [path for path in files if path.name != LOCK_NAME and not path.name.startswith("files-")]
     return {str(path.relative_to(cache_dir)): path.read_bytes() for path in files}
 
 
@@ -330,10 +331,14 @@ def test_a_killed_run_leaves_no_bad_row_and_is_taken_up(options, encoders, build
 
 def test_leftovers_of_killed_runs_go_but_not_those_of_a_running_one(cached, encoders, build_options, tmp_path):
     options = copy_of(cached[0], tmp_path)
-    old, new = (Path(options.cache_dir) / f"video/.{name}.1.tmp.safetensors" for name in ("old", "new"))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    old, new = (
+        Path(options.cache_dir) / f"video/.{name}.{HOST}.{process}.tmp.safetensors"
+        for name, process in (("old", dead.pid), ("new", os.getpid()))
+    )
     for path in (old, new):
         path.write_bytes(b"x")
-    os.utime(old, (0, time.time() - 7200))
     build_options(options, encoders)
     assert not old.exists()
     assert new.exists()

@@ -114,7 +114,8 @@ def test_a_damaged_cache_is_one_line(cached, tmp_path):
     copy = shutil.copytree(options.cache_dir, tmp_path / "cache")
     dataset = CachedDataset(copy)
     dataset.store.path("video", dataset.entries[0].parts.video).write_bytes(b"1234")
-    with pytest.raises(UserError, match="is missing or damaged; run `refalign cache"):
+    message = r"^cache: train line 1 \(clips/0.mp4\): .* cannot be read .*; run `refalign cache"
+    with pytest.raises(UserError, match=message):
         dataset[0]
     index = copy / "index-train.jsonl"
     index.write_text(index.read_text()[:-30])

@@ -174,7 +174,7 @@ def test_what_is_no_video_is_not_written(tmp_path, frames):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="output: cannot write"):
+    with pytest.raises(UserError, match="cannot write .*; a file is in the way, choose another folder"):
         write_video(tmp_path / "file/a.mp4", np.zeros((1, 4, 4, 3), np.uint8), 8)
 
 

@@ -71,7 +71,7 @@ def encoded_on_the_fly(options, monkeypatch):
     for row in rows:
         encoder.encode_text(row.caption)
     entries = [encoder.encode(row, preparer[row]) for row in rows]
-    store.read = lambda part, key: store.parts[part, key]
+    store.read = lambda part, key, expected=None: store.parts[part, key]
     dataset = open_cache(options)
     monkeypatch.setattr(dataset, "store", store)
     monkeypatch.setattr(dataset, "entries", entries)

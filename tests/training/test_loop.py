@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from refalign_adapter.branch.attach import ReferenceBranch
 from refalign_adapter.data.cache import cache_dataset
-from refalign_adapter.data.dataset import open_cache
+from refalign_adapter.data.dataset import collate, open_cache
 from refalign_adapter.data.options import options_of
 from refalign_adapter.data.video import read_video
 from refalign_adapter.errors import UserError
@@ -22,7 +22,7 @@ from refalign_adapter.training.loop import DATA_WAIT, endless_batches, optimizer
 from refalign_adapter.training.recipe_file import load_recipe
 from refalign_adapter.training.setup import build_accelerator, build_run, step_seed
 from refalign_adapter.training.tracking import LossMeter, read_metrics
-from refalign_adapter.training.validation import fixed_sigmas, validate
+from refalign_adapter.training.validation import fixed_noise, fixed_sigmas, validate
 
 FILES = (
     "adapter/pytorch_lora_weights.safetensors",
@@ -162,33 +162,51 @@ def test_waiting_for_batches_is_measured(make_recipe, tmp_path, monkeypatch):
 def test_validation_repeats_itself_and_shares_out(make_recipe, tmp_path):
     recipe = make_recipe()
     run = build_run(recipe, build_accelerator(recipe, tmp_path), tmp_path)
-    sizes = [len(group) for group in run.data.groups]
-    assert sizes == [2, 1]
-
-    def once():
-        load, empty_text = run.data.validation_batch, run.data.empty_text
-        return validate(run.module, load, sizes, empty_text, run.accelerator, seed=0, alignment_weight=1.0)
-
-    first = once()
+    assert run.data.groups == [[0, 1], [2]]
+    first = held_out(run)
     torch.manual_seed(99)
-    assert once() == first
+    assert held_out(run) == first
     assert run.module.training
     expected = []
-    for index, start in ((0, 0), (1, 2)):  # by hand: each batch with its own noise and sigmas
-        batch = run.data.validation_batch(index)
+    for index in range(3):  # by hand: each row with its own noise and sigma
+        batch = collate([run.data.validation[index]])
         output = run.module.eval()(
-            batch, run.data.empty_text, generator=torch.Generator().manual_seed(index), alignment_weight=0.0,
-            drop_conditions=False, sigmas=fixed_sigmas(start, len(batch.keys), 3.0),
+            batch, run.data.empty_text, generator=torch.Generator(), alignment_weight=0.0, drop_conditions=False,
+            sigmas=fixed_sigmas([index], 3.0), noise=fixed_noise(batch.keys[0], batch.latents.shape[1:])[None],
         )  # fmt: skip
-        expected += [float(output.flow.detach())] * len(batch.keys)
+        expected.append(float(output.flow.detach()))
     assert first["flow"] == pytest.approx(sum(expected) / 3, rel=1e-6)
 
 
+def held_out(run, weight=1.0):
+    load, empty_text = run.data.validation_batch, run.data.empty_text
+    return validate(run.module, load, run.data.groups, empty_text, run.accelerator, alignment_weight=weight)
+
+
+OTHERWISE = ["train_batch_size=1", "train_batch_size=3", "seed=7", "data.bucket_by_references=true"]
+
+
+@pytest.mark.parametrize("change", OTHERWISE)
+def test_held_out_losses_depend_on_weights_and_rows_alone(make_recipe, tmp_path, change):
+    """Not on which rows share a batch, nor on the training's seed."""
+    found = []
+    for overrides in ([], [change]):
+        recipe = make_recipe(*overrides)
+        run = build_run(recipe, build_accelerator(recipe, tmp_path), tmp_path)
+        for name, parameter in run.trained.named_parameters():
+            generator = torch.Generator().manual_seed(len(name))
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        found.append(held_out(run))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=5e-6), name
+
+
 def test_fixed_sigmas_cover_the_range():
-    sigmas = fixed_sigmas(0, 64, 1.0).sort().values
+    sigmas = fixed_sigmas(range(64), 1.0).sort().values
     gaps = torch.diff(sigmas, prepend=torch.zeros(1), append=torch.ones(1))
     assert gaps.max() < 2.5 / 64
-    assert torch.equal(fixed_sigmas(5, 3, 3.0), fixed_sigmas(0, 8, 3.0)[5:])
+    assert torch.equal(fixed_sigmas([5, 6, 7], 3.0), fixed_sigmas(range(8), 3.0)[5:])
 
 
 def test_accumulated_gradients_are_the_mean(make_recipe, tmp_path):

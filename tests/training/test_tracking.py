@@ -10,16 +10,17 @@ from refalign_adapter.batch import StepOutput
 from refalign_adapter.training.tracking import LossMeter, RunLog, read_metrics
 
 
-def output(loss, flow, positive=None, negative=None, cosine=None):
+def output(loss, flow, positive=None, negative=None, cosine=None, references=0):
     parts = [
         {block: torch.tensor(value) for block, value in (part or {}).items()} for part in (positive, negative, cosine)
     ]
-    return StepOutput(torch.tensor(loss, requires_grad=True), torch.tensor(flow), *parts)
+    return StepOutput(torch.tensor(loss, requires_grad=True), torch.tensor(flow), *parts, references=references)
 
 
-def test_means_weigh_samples_alike():
+def test_means_weigh_samples_alike_and_cosines_references():
     meter = LossMeter((0, 2))
-    meter.add(output(3.0, 1.0, {0: 1.0, 2: 3.0}, {0: 0.0, 2: 1.0}, {0: 0.5, 2: -0.5}), 3, aligned=True)
+    meter.add(output(3.0, 1.0, {0: 1.0, 2: 3.0}, {0: 0.0, 2: 1.0}, {0: 0.5, 2: -0.5}, references=2), 3, aligned=True)
+    meter.add(output(3.0, 1.0, {0: 1.0, 2: 3.0}, {0: 0.0, 2: 1.0}, {0: 0.8, 2: 0.1}, references=4), 0, aligned=True)
     meter.add(output(7.0, 5.0), 1, aligned=True)  # no references: counts 0 in the terms, not in the cosine
     assert meter.reduce(Accelerator()) == pytest.approx(
         {
@@ -27,8 +28,8 @@ def test_means_weigh_samples_alike():
             "flow": 2.0,
             "positive": 1.5,
             "negative": 0.375,
-            "cosine/block_0": 0.5,
-            "cosine/block_2": -0.5,
+            "cosine/block_0": 0.7,
+            "cosine/block_2": -0.1,
         }
     )
     meter.add(output(1.0, 1.0), 2, aligned=False)

@@ -102,8 +102,9 @@ def _read_row(values: Any, clips: Path, folder: Path, max_references: int | None
     name, items = values.get("file_name"), _listed(values.get("references"))
     found = _path_problems("file_name", name, clips)
     problems += found
-    caption = values.get("caption")
+    caption, beside = values.get("caption"), None
     if caption is None and not found:
+        beside = (clips / str(name)).with_suffix(".txt")
         caption = _caption_beside(clips / str(name))
     if isinstance(caption, int | float):  # a CSV's column of numbers
         caption = str(caption)
@@ -124,7 +125,7 @@ def _read_row(values: Any, clips: Path, folder: Path, max_references: int | None
     references = tuple(_reference(item, folder, clip) for item in items)
     own = any(reference.frame is not None for reference in references)
     pair = values.get("pair") or ("regular" if own else "cross")
-    return Row(str(name), clip, str(caption).strip(), references, pair), []
+    return Row(str(name), clip, str(caption).strip(), references, pair, caption_file=beside), []
 
 
 def _caption_beside(clip: Path) -> str | None:

@@ -1,0 +1,42 @@
+"""What the parts of a row have to hold: shapes, types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .index import IndexEntry
+from .options import DTYPES
+from .parts import Expected, PartStore
+
+File = tuple[str, str]
+"""Part and key."""
+
+
+def text_contents(meta: dict[str, Any], store: PartStore) -> Expected:
+    """What every caption's part has to hold; as wide as the empty text's, where that can be read.
+
+    Args:
+        meta: see `read_meta`.
+        store: the cache's parts.
+    """
+    shape = store.shape("text", meta["empty_text"])
+    return Expected((None, shape[-1] if shape else None), DTYPES[meta["provenance"]["video"]["dtype"]])
+
+
+def row_contents(entry: IndexEntry, meta: dict[str, Any], text: Expected) -> Iterator[tuple[File, Expected]]:
+    """What one row's files have to hold.
+
+    Args:
+        entry: the row.
+        meta: see `read_meta`.
+        text: see `text_contents`.
+    """
+    parts, shown, dtype = entry.parts, (entry.variants, len(entry.subjects)), text.dtype
+    yield ("video", parts.video), Expected(entry.shape, dtype)
+    yield ("references", parts.references), Expected((*shown, entry.shape[0], None, None), dtype)
+    yield ("text", parts.text), text
+    for name, key in parts.teachers.items():
+        yield ("teacher", key), Expected((*shown, None, None, meta["teachers"].get(name)), dtype)
+    if parts.tokens:
+        yield ("tokens", parts.tokens), Expected((*shown, None, None), None)
