@@ -60,7 +60,7 @@ def read_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     with open(path, "rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise ValueError(f"larger than {max_bytes / 2**20:.0f} MB")
+        raise ValueError(f"larger than {max_bytes // 1024:,} KB")
     return content
 
 

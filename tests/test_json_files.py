@@ -85,5 +85,5 @@ def test_what_never_ends_is_not_opened_and_what_is_huge_not_read(tmp_path):
         read_json(tmp_path / "pipe", "config")
     with (tmp_path / "huge.json").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(UserError, match=r"is not readable JSON \(larger than 1 MB\)"):
+    with pytest.raises(UserError, match=r"is not readable JSON \(larger than 1,024 KB\)"):
         read_json(tmp_path / "huge.json", "config", max_bytes=2**20)

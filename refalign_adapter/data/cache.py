@@ -43,6 +43,7 @@ class CacheReport:
         made, reused: part -> how often it was encoded, and how often it was there.
         seconds: duration of the run.
         bytes_of: part -> bytes of the files that the rows use.
+        cut: captions with more tokens than are encoded.
         seconds_of: "decoding" (what this process waited for it) and encoder -> seconds, summed over the processes.
     """
 
@@ -51,6 +52,7 @@ class CacheReport:
     reused: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     bytes_of: dict[str, int] = field(default_factory=dict)
+    cut: int = 0
     seconds_of: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -77,6 +79,7 @@ class CacheReport:
             f"{self.bytes / 1e6:.1f} MB, {self.bytes_per_row / 1e6:.3f} MB a row\n"
             f"seconds: {', '.join(f'{name} {value:.1f}' for name, value in self.seconds_of.items())}\n"
             f"MB a row: {', '.join(f'{part} {value / 1e6:.3f}' for part, value in self.bytes_per_part().items())}"
+            + (f"\n{self.cut} captions are longer than max_sequence_length and were cut" if self.cut else "")
         )
 
     def bytes_per_part(self) -> dict[str, float]:
@@ -159,7 +162,9 @@ def _build(
     mine = work[state.process_index :: state.num_processes]
     empty_text = _encode_texts([row.caption for _, row in mine], encoder, progress)
     entries, files, problems = _encode_all(mine, encoder, digests, progress)
-    every = gather_object([(entries, problems, encoder.made, encoder.reused, Counter(encoder.seconds), files)])
+    every = gather_object(
+        [(entries, problems, encoder.made, encoder.reused, Counter(encoder.seconds), files, encoder.cut)]
+    )
     if problems := [problem for item in every for problem in item[1]]:
         raise ConfigError(problems)
     splits = {split: _in_order(every, split) for split in rows}
@@ -168,6 +173,7 @@ def _build(
         report.made += item[2]
         report.reused += item[3]
         report.seconds_of.update(item[4])
+        report.cut += item[6]
     if state.is_main_process:
         for split in rows:
             write_files(options.cache_dir, split, _files_of(every, split))

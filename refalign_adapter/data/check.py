@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import ConfigError, UserError
+from .captions import token_counter
 from .duplicates import CheckedRow, findings_between
 from .findings import Finding
 from .inspection import RowInspector, RowLook
@@ -111,6 +112,7 @@ def check_data(
         if progress:
             progress(number + 1, len(rows))
     check.rows = rows
+    check.findings += _long_captions(rows, options)
     check.findings += findings_between(rows)
     return check
 
@@ -130,10 +132,20 @@ def _read(options: CacheOptions, check: DataCheck) -> list[CheckedRow]:
             found = SourceCheck(split, source, table, len(reading.rows), reading.problems, reading.left_out)
             check.sources.append(found)
             check.findings += [_of_table(table, problem) for problem in reading.problems]
+            check.findings += [replace(_of_table(table, line), kind="outside") for line in reading.outside]
             rows += [_unseen(replace(row, source=number), found) for row in reading.rows]
     if problems:
         raise ConfigError(problems)
     return rows
+
+
+def _long_captions(rows: list[CheckedRow], options: CacheOptions) -> Iterator[Finding]:
+    """Captions that the base's text encoder does not see whole; nothing where its tokenizer is not here."""
+    tokens = token_counter(options)
+    for number, checked in enumerate(rows if tokens else []):
+        if tokens and (count := tokens(checked.row.caption)) > (most := options.max_sequence_length):
+            text = f"caption: {count} tokens, {most} are seen"
+            yield Finding("long_caption", text, checked.place, checked.row.file_name, number)
 
 
 def _of_table(table: str, problem: str) -> Finding:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import UserError
+from .captions import count_tokens
 from .encoders import Encoders
 from .index import FORMAT, IndexEntry, RowParts
 from .options import DTYPES, CacheOptions
@@ -281,6 +282,7 @@ class RowEncoder:
         options, encoders, plans, store: how and where.
         made, reused: part -> files written, files that were there.
         seconds: encoder -> time it took.
+        cut: captions that had more tokens than are encoded.
     """
 
     options: CacheOptions
@@ -290,6 +292,7 @@ class RowEncoder:
     made: Counter[str] = field(default_factory=Counter)
     reused: Counter[str] = field(default_factory=Counter)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    cut: int = 0
 
     @property
     def facts(self) -> Facts:
@@ -322,6 +325,8 @@ class RowEncoder:
     def encode_text(self, caption: str) -> str:
         """Write a caption's embedding (tokens, D) up to its last token; returns its key."""
         key = text_key(caption, self.facts)
+        tokenizer = getattr(self.encoders.pipe, "tokenizer", None)
+        self.cut += tokenizer is not None and count_tokens(tokenizer, caption) > self.options.max_sequence_length
         self._part("text", key, lambda: self._embedding(caption), "text encoder")
         return key
 

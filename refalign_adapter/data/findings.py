@@ -60,6 +60,11 @@ KINDS = {
         "clips with fewer frames a second than fps", "their frames repeat; lower data.fps or leave them out"
     ),
     "frozen_clip": Kind("clips in which nothing moves", "they teach videos that stand still"),
+    "outside": Kind("files outside their data set's folder", "fine for your own data; they will not travel with it"),
+    "alpha_mask": Kind(
+        "masks read by their alpha channel", "what is not transparent counts as the subject, whatever its colour"
+    ),
+    "long_caption": Kind("captions that are cut", "what comes after max_sequence_length tokens is not seen"),
     "short_caption": Kind("short captions", "a caption names each subject's kind and says what it does"),
     "common_caption": Kind("captions that many rows share", "a caption is to describe its own clip"),
     "few_subjects": Kind("too few subjects", "the adapter would learn one subject's looks, not to follow references"),

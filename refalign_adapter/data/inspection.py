@@ -170,6 +170,7 @@ def _inspect_reference(row: Row, index: int, options: CacheOptions, look: RowLoo
         "box_outside": _box_outside(picture),
         "whole_picture": _whole_picture(row, picture, subject, options.augment_references),
         "covers_frame": _covers_frame(row, reference, picture, subject, look.video),
+        "alpha_mask": f"mask {str(reference.mask)!r}" if picture.mask_by_alpha else None,
     }
     look.findings += [Finding(kind, f"references.{index}: {text}") for kind, text in notes.items() if text]
     facts = reference_facts(reference, digest)

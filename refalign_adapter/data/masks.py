@@ -14,6 +14,9 @@ import numpy as np
 from ..errors import UserError
 from .rows import RunLengthMask
 
+MAX_PIXELS = 100_000_000
+"""Of a mask; a size is what a record says, and memory is taken for it before its run lengths are looked at."""
+
 
 def decode_mask(mask: RunLengthMask) -> np.ndarray:
     """The mask as bool (H, W), True on the subject.
@@ -22,6 +25,8 @@ def decode_mask(mask: RunLengthMask) -> np.ndarray:
         UserError: run lengths that do not fill the mask's size, or pycocotools is not installed.
     """
     try:
+        if not 0 < mask.height * mask.width <= MAX_PIXELS or min(mask.height, mask.width) < 1:
+            raise ValueError(f"more than {MAX_PIXELS:,}")
         values = _pycocotools().decode(_coco(mask))
     except ValueError as error:
         if isinstance(error, UserError):

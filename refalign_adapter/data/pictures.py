@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
+from .images import read_image, read_mask_file
 from .masks import decode_mask
 from .parts import file_digest, hash_of
 from .references import prepare_reference
 from .rows import Box, Reference
-from .video import read_frame, read_image, read_mask
+from .video import read_frame
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Picture:
         image: RGB.
         mask: bool, of the image's size unless the data set is wrong, True on the subject; or None.
         box: around the subject in the image's pixels; or None.
+        mask_by_alpha: whether the mask's alpha channel marks, not its colours.
     """
 
     image: Image.Image
     mask: np.ndarray | None
     box: Box | None
+    mask_by_alpha: bool = False
 
 
 def open_picture(reference: Reference) -> Picture:
@@ -50,18 +53,18 @@ def open_pictures(references: Sequence[Reference]) -> Iterator[Picture]:
     """
     images: dict[Hashable, Image.Image] = {}
     for reference in references:
-        shown = reference.image, reference.frame, reference.crop, reference.long_side
+        marked = bool(reference.mask or reference.box or reference.rle)
+        shown = reference.image, reference.frame, reference.crop, reference.long_side, marked
         if shown not in images:
-            images[shown] = _read_image(reference)
-        mask = read_mask(reference.mask) if reference.mask else None
-        if reference.rle:
-            mask = decode_mask(reference.rle)
-        yield Picture(images[shown], mask, reference.box)
+            images[shown] = _read_image(reference, marked)
+        read = read_mask_file(reference.mask) if reference.mask else None
+        mask = decode_mask(reference.rle) if reference.rle else read and read.mask
+        yield Picture(images[shown], mask, reference.box, bool(read and read.by_alpha))
 
 
-def _read_image(reference: Reference) -> Image.Image:
+def _read_image(reference: Reference, marked: bool) -> Image.Image:
     if reference.frame is None:
-        image = read_image(reference.image)
+        image = read_image(reference.image, whole=marked or reference.long_side is not None)
     else:
         image = read_frame(reference.image, reference.frame, crop=reference.crop)
     if reference.long_side and max(image.size) > reference.long_side:

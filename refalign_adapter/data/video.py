@@ -5,6 +5,8 @@ Shape letters: F frames, H and W height and width in pixels.
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -16,11 +18,17 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import UserError
 from ..files import atomic_file
 from .sizes import CLOCK_TOLERANCE, VideoFacts
+
+HDR = {16: "PQ", 18: "HLG"}
+"""Transfer characteristics of ITU-T H.273."""
+MAX_PIXELS = 16_384 * 16_384
+MAX_FRAMES, MAX_RATE = 10_000_000, 1_000.0
+"""What a header may say; beyond, it is taken to say nothing."""
 
 Crop = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels of the frames as they are shown."""
@@ -63,9 +71,9 @@ def read_video(
     frames: list[np.ndarray] = []
     previous = None
     with _opened(path) as (container, stream):
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        rate = _rate(stream)
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
-        decoded = islice(container.decode(stream), *(segment or (0, None)))
+        decoded = islice(_decoded(container, stream, path), *(segment or (0, None)))
         colours = VideoReformatter()
         for frame in _sample(decoded, num_frames, fps, rate):
             if frame is not previous:
@@ -91,7 +99,7 @@ def read_frame(path: str | Path, frame: int | float, *, crop: Crop | None = None
     """
     number = min(int(frame * (count := count_frames(path))), count - 1) if isinstance(frame, float) else frame
     with _opened(path) as (container, stream):
-        found = next(islice(container.decode(stream), max(0, number), None), None)
+        found = next(islice(_decoded(container, stream, path), max(0, number), None), None)
         if found is None or number < 0:
             raise UserError(f"video: {str(path)!r} has no frame {number}")
         return _cropped(_upright(found, 1.0)[0], crop, path)
@@ -104,7 +112,7 @@ def count_frames(path: str | Path) -> int:
         UserError: the file is not readable as a video.
     """
     with _opened(path) as (container, stream):
-        return stream.frames or sum(1 for _ in container.decode(stream))
+        return _told_frames(stream) or sum(1 for _ in container.decode(stream))
 
 
 def probe_video(path: str | Path, *, segment: tuple[int, int] | None = None, crop: Crop | None = None) -> VideoFacts:
@@ -120,9 +128,9 @@ def probe_video(path: str | Path, *, segment: tuple[int, int] | None = None, cro
         UserError: the file is missing, empty or not readable as a video, or the crop leaves its frames.
     """
     with _opened(path) as (container, stream):
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-        frames = stream.frames or round(rate * (container.duration or 0) / av.time_base)
-        first = next(container.decode(stream), None)
+        rate = _rate(stream)
+        frames = _told_frames(stream) or min(MAX_FRAMES, round(rate * (container.duration or 0) / av.time_base))
+        first = next(_decoded(container, stream, path), None)
         if first is None:
             raise UserError(f"video: {_too_short(path, 0, 1, None)}")
         image, aspect = _upright(first, float(stream.sample_aspect_ratio or 1))
@@ -137,16 +145,32 @@ def probe_video(path: str | Path, *, segment: tuple[int, int] | None = None, cro
 def _opened(path: str | Path) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     """The container and its first video stream; what goes wrong while it is open is a UserError."""
     try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise ValueError("a pipe or device, not a file")
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise UserError(f"video: {str(path)!r} has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+                size = f"{stream.codec_context.width}x{stream.codec_context.height}"
+                raise UserError(f"video: {str(path)!r} says it has {size} pixels, more than {MAX_PIXELS:,}")
             stream.thread_type = "AUTO"
             yield container, stream
     except (OSError, av.FFmpegError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"video: cannot read {str(path)!r} ({_reason(error)})") from None
+
+
+def _rate(stream: av.VideoStream) -> float:
+    """Frames a second by the header, 0 where it says none that can be."""
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    return rate if 0 < rate <= MAX_RATE else 0.0
+
+
+def _told_frames(stream: av.VideoStream) -> int:
+    return stream.frames if 0 < stream.frames <= MAX_FRAMES else 0
 
 
 def _sample(frames: Iterable[av.VideoFrame], count: int, fps: float | None, rate: float) -> Iterator[av.VideoFrame]:
@@ -183,11 +207,57 @@ def _upright(
 
     `colours` is one for all frames of a video: a frame that makes its own spends most of its time on that.
     """
-    array = (colours or VideoReformatter()).reformat(frame, format="rgb24").to_ndarray()
-    if frame.rotation:
-        array = np.rot90(array, frame.rotation // 90)
-        pixel_aspect = 1 / pixel_aspect if frame.rotation % 180 else pixel_aspect
-    return Image.fromarray(array), pixel_aspect
+    colours = colours or VideoReformatter()
+    if any(component.is_alpha for component in frame.format.components):
+        array = _on_white(colours.reformat(frame, format="rgba").to_ndarray())
+    else:
+        array = colours.reformat(frame, format="rgb24").to_ndarray()
+    array, turned = _as_displayed(array, frame)
+    return Image.fromarray(array), 1 / pixel_aspect if turned else pixel_aspect
+
+
+def _on_white(array: np.ndarray) -> np.ndarray:
+    """RGBA as RGB: what is transparent is white, as in pictures, whatever colours are hidden there."""
+    alpha = array[..., 3:].astype(np.uint16)
+    return ((array[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _as_displayed(array: np.ndarray, frame: av.VideoFrame) -> tuple[np.ndarray, bool]:
+    """The picture turned and mirrored as its file asks for, and whether its height and width have changed places.
+
+    A point (x, y) goes to (a x + c y, b x + d y) of FFmpeg's display matrix (libavutil/display.h).
+    """
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return array, False
+    a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32)
+    turned = abs(int(a)) < abs(int(b))
+    if turned:
+        array = array.swapaxes(0, 1)
+    right, down = (c, b) if turned else (a, d)
+    return np.ascontiguousarray(array[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]), turned
+
+
+def _check_frame(frame: av.VideoFrame, path: str | Path) -> None:
+    """Refuse what would be read wrongly without a word.
+
+    Raises:
+        UserError: a picture that the decoder could not restore, or high dynamic range.
+    """
+    if frame.is_corrupt:
+        raise UserError(f"video: {str(path)!r} is damaged: a frame cannot be decoded whole; replace it")
+    if (name := HDR.get(int(getattr(frame, "color_trc", 0) or 0))) is not None:
+        raise UserError(
+            f"video: {str(path)!r} is high dynamic range ({name}), whose colours would come out wrong; convert it: "
+            "ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709,format=yuv420p OUT"
+        )
+
+
+def _decoded(container: InputContainer, stream: av.VideoStream, path: str | Path) -> Iterator[av.VideoFrame]:
+    """The video's frames, each looked at."""
+    for frame in container.decode(stream):
+        _check_frame(frame, path)
+        yield frame
 
 
 def _cropped(image: Image.Image, crop: Crop | None, path: str | Path) -> Image.Image:
@@ -263,44 +333,3 @@ def _to_uint8(frames: Any) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
         raise UserError(f"frames must be uint8 or floats in [0, 1], got {array.dtype} up to {array.max()}")
     return (array * 255).round().astype(np.uint8)
-
-
-def read_image(path: str | Path, field: str = "image") -> Image.Image:
-    """Read an image as RGB, upright, transparency laid on white.
-
-    Raises:
-        UserError: the file is missing, empty or no image.
-    """
-    image = _open(path, field)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def read_mask(path: str | Path, field: str = "mask") -> np.ndarray:
-    """Read a mask: bool (H, W), True where brighter than half of the brightest pixel (0/1 and 0/255 alike).
-
-    Raises:
-        UserError: the file is missing, empty or no image, or nothing in it is marked.
-    """
-    values = np.asarray(_open(path, field).convert("L"))
-    if not values.any():
-        raise UserError(f"{field}: {str(path)!r} marks nothing; every pixel is black")
-    return values > values.max() / 2
-
-
-def _open(path: str | Path, field: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            image.load()
-    except FileNotFoundError:
-        raise UserError(f"{field}: {str(path)!r} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no image that can be read" if isinstance(error, UnidentifiedImageError) else _reason(error)
-        raise UserError(f"{field}: cannot read {str(path)!r} ({reason})") from None
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip to white
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    return image

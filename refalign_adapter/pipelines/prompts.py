@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import unknown_key
-from ..data.video import read_image
+from ..data.images import read_image
 from ..errors import ConfigError, UserError
 
 FIELDS = ("key", "prompt", "references", "negative_prompt")

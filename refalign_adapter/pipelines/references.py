@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from ..data.images import read_image, to_rgb
 from ..data.references import content_tokens, prepare_reference
-from ..data.video import read_image
 from ..errors import ConfigError, UserError
 
 FIELD = "reference_images"
@@ -138,18 +138,16 @@ def to_image(image: ReferenceImage, field: str = FIELD) -> Image.Image:
         UserError: a file that cannot be read, or a type, shape or range that is no image; opens with `field`.
     """
     if isinstance(image, (str, os.PathLike)):
-        return read_image(Path(image), field)
+        if "://" in os.fspath(image):
+            raise UserError(f"{field}: {os.fspath(image)[:200]!r} is an address; download it and give its path")
+        return read_image(Path(image).expanduser(), field)
     if isinstance(image, Tensor):
         image = _channels_last(image, field)
     if isinstance(image, np.ndarray):
         image = _from_array(image, field)
     if not isinstance(image, Image.Image):
         raise UserError(f"{field}: expected a path, PIL image, array or tensor, got {type(image).__name__}")
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return to_rgb(image, "this image", field)
 
 
 def _is_image(value: Any) -> bool:

@@ -21,7 +21,7 @@ from .config import Recipe, SamplePrompt
 from .yaml_text import parse_yaml
 
 PLACEHOLDER = "?"
-MAX_BYTES = 2**20
+MAX_BYTES = 2**18
 """Of a recipe; those that come along have some three thousand bytes."""
 EXAMINED = 1000
 LISTED = 50

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.encoders import Encoders
+from ..data.images import read_image
 from ..data.options import options_of
 from ..data.sizes import Size
-from ..data.video import read_image, write_video
+from ..data.video import write_video
 from ..families.base import Family
 from ..pipelines.base import build_pipeline
 from .config import Recipe, SamplePrompt

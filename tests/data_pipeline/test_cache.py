@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from refalign_adapter.data.cache import build_cache, cache_dataset
 from refalign_adapter.data.digests import DIGESTS_NAME
 from refalign_adapter.data.encoders import Encoders, load_encoders
+from refalign_adapter.data.images import read_image, read_mask
 from refalign_adapter.data.index import read_index
 from refalign_adapter.data.lock import LOCK_NAME
 from refalign_adapter.data.manifest import load_manifest
 from refalign_adapter.data.parts import PartStore
 from refalign_adapter.data.references import prepare_reference
-from refalign_adapter.data.video import read_image, read_mask, read_video
+from refalign_adapter.data.video import read_video
 from refalign_adapter.errors import ConfigError, UserError
 from refalign_adapter.files import HOST
 

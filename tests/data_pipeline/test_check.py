@@ -140,7 +140,7 @@ PROBLEMS: dict[str, tuple[Change, str, str]] = {
         bytes_in("references/0_0.png"),
         "reference",
         "data/metadata.jsonl line 1: clips/0.mp4: references.0: image: cannot read 'data/references/0_0.png' "
-        f"(no image that can be read); {MEND}",
+        f"(no image that can be read; PNG, JPEG, WEBP, AVIF, BMP, GIF, TIFF are); {MEND}",
     ),
     "mask of another size": (
         mask_of((9, 8), 255),

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from refalign_adapter.data.dataset import open_cache
+from refalign_adapter.data.images import read_image, read_mask
 from refalign_adapter.data.index import read_index
 from refalign_adapter.data.manifest import load_manifest
 from refalign_adapter.data.parts import PartStore
 from refalign_adapter.data.references import prepare_reference
-from refalign_adapter.data.video import read_image, read_mask
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from refalign_adapter.data.video import cover, read_image, read_mask, read_video, write_video
+from refalign_adapter.data.images import read_image, read_mask
+from refalign_adapter.data.video import cover, read_video, write_video
 from refalign_adapter.errors import UserError
 
 

@@ -247,7 +247,7 @@ def test_encodings_pipes_and_huge_files_are_one_line(pipe, folder):
     assert "UTF-16 text; save it as UTF-8" in refused(pipe, folder)
     with path.open("wb") as file:
         file.truncate(2**33)
-    assert "larger than 1 MB" in refused(pipe, folder)
+    assert "larger than 1,024 KB" in refused(pipe, folder)
     path.unlink()
     os.mkfifo(path)
     assert "it lacks refalign_config.json" in refused(pipe, folder)

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..locate import escapes, find_file
 from ..rows import Row
 
 
@@ -49,11 +50,13 @@ class Reading:
         rows: what can be trained on.
         problems: one line for each mistake that its owner has to mend.
         left_out: why -> how many records the format's own rules leave out; nothing is wrong with them.
+        outside: a line for each row that names files outside its folder, as one's own data may.
     """
 
     rows: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    outside: list[str] = field(default_factory=list)
 
     def add(self, row: Row | None, problems: Iterable[str]) -> None:
         """Take in a record's row or its problems."""
@@ -100,8 +103,9 @@ def clip_folder(source: Source, beside: Path) -> Path:
 
 
 def find_clip(folder: Path, names: Iterable[str]) -> Path | None:
-    """The first of these files that exists below a folder."""
-    return next((path for name in names if (path := folder / name).is_file()), None)
+    """The first of these files that exists below a folder; names that lead out of it are of no file."""
+    found = (find_file(folder, name) for name in names if not escapes(name))
+    return next((path for path in found if path is not None), None)
 
 
 def known_readers() -> dict[str, Reader]:

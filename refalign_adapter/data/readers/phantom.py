@@ -11,7 +11,6 @@ what they cut out before you trust them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import UserError
+from ...json_files import parse_json
 from ..rows import Box, Reference, Row
 from ..tables import local_path, read_table
 from .base import Reader, Reading, Source, clip_folder, find_clip
@@ -110,7 +110,7 @@ def _mapping(value: Any, table: Path, place: str) -> Mapping[str, Any]:
     """A mapping given as such, as JSON text, or as the (key, value) pairs that Parquet has."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             raise UserError(f"{str(table)!r}: {place} is not JSON, got {value[:60]!r}") from None
     if isinstance(value, list) and all(isinstance(item, list | tuple) and len(item) == 2 for item in value):
