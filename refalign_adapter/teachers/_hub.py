@@ -9,18 +9,11 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ..errors import UserError
+from ..errors import UserError, WriteError
+from ..hub import fetch
 from ..json_files import read_json
 
 UNGATED_TEACHER = "facebook/dinov2-base"
@@ -44,9 +37,11 @@ def local_folder(name: str, revision: str | None = None, files: Sequence[str] = 
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"teacher: {_hub_problem(name, revision, error)}") from error
+        return fetch(name, field="teacher", revision=revision, patterns=files)
+    except WriteError:
+        raise
+    except UserError as error:
+        raise UserError(f"{error}; or use {UNGATED_TEACHER!r}, which is open to all") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -103,28 +98,6 @@ def content_digest(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _hub_problem(name: str, revision: str | None, error: Exception) -> str:
-    known = ", ".join(encoder_files())
-    if _is_refused(error):
-        return (
-            f"the Hub refused {name!r}, which is gated or private: request access at https://huggingface.co/{name} "
-            f"and log in with `hf auth login`, or use the ungated {UNGATED_TEACHER!r}"
-        )
-    if isinstance(error, (HFValidationError, RepositoryNotFoundError)):
-        return f"{name!r} is neither a folder nor a model on the Hub; known are {known}, as {UNGATED_TEACHER!r}"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{name!r} has no revision {revision!r}; see https://huggingface.co/{name}/commits"
-    return f"{name!r} is no folder, not in the local cache, and the Hub cannot be reached; download it while online"
-
-
-def _is_refused(error: Exception) -> bool:
-    # The Hub also answers 401 for a repository that does not exist, so the status alone does not decide.
-    if isinstance(error, RepositoryNotFoundError):
-        return isinstance(error, GatedRepoError)
-    # Before huggingface_hub 1.0 an error that came without an answer (offline) was an HTTP error, too.
-    return isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", None) in (401, 403)
 
 
 @contextmanager
