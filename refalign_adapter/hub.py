@@ -130,7 +130,7 @@ def _reason(error: BaseException, repo_id: str, repo_type: str, revision: str | 
     if answer := _status(status, page):
         return answer
     if _is_connection(error):
-        return "the Hub cannot be reached, or the connection broke off; try again, a download goes on from what has come"
+        return "the Hub cannot be reached, or the connection broke off; try again, downloads go on from what has come"
     return f"{_one_line(error)}; see {page}"
 
 

@@ -47,7 +47,7 @@ REFUSED = {
     "revision": ("open/one", {"revision": "no-such-branch"}, "it has no revision 'no-such-branch'; see"),
     "token": ("open/one", {"token": "hf_wrong"}, "the Hub does not accept the token; log in anew"),
     "trouble": ("busy/one", {}, "the Hub has trouble of its own (status 503); try again later"),
-    "cut": ("cut/one", {}, "the connection broke off; try again, a download goes on"),
+    "cut": ("cut/one", {}, "the connection broke off; try again, downloads go on"),
     "name": ("user/na me", {}, "neither a folder here nor a name on the Hub"),
     "folder": ("./nowhere", {}, "folder './nowhere' does not exist"),
     "deep folder": ("a/b/c", {}, "folder 'a/b/c' does not exist"),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import PartialState
 
@@ -16,11 +14,14 @@ from ..config import RefAlignConfig
 from ..data.options import DTYPES
 from ..errors import ConfigError, UserError
 from ..export.adapter import find_adapter
+from ..families._pipeline_folder import open_pipeline, reading
 from ..families.base import Family, load_family
 from .base import MAX_REFERENCES
 from .guidance import ALL_STEPS, check_scales
 from .load import load_adapter
 
+WEIGHTS = ("transformer", "vae", "text_encoder")
+"""Components of the base that have weights."""
 OFFLOADS = ("none", "model")
 """model: a model is on the GPU only while it runs, diffusers' `enable_model_cpu_offload`; slower, with less memory."""
 
@@ -44,6 +45,7 @@ class GenerateOptions:
         device: None takes the GPU if there is one, else the CPU.
         dtype: fp32, fp16 or bf16, of transformer and text encoder; None takes bf16, on the CPU fp32. The VAE is fp32.
         offload: none or model.
+        variant: of the base's weight files, such as fp16.
         revision, adapter_revision: of the Hub.
 
     Raises:
@@ -67,6 +69,7 @@ class GenerateOptions:
     device: str | None = None
     dtype: str | None = None
     offload: str = "none"
+    variant: str | None = None
     revision: str | None = None
     adapter_revision: str | None = None
 
@@ -117,25 +120,13 @@ def check_models(options: GenerateOptions) -> Family:
         UserError: a base or adapter that cannot be read, that cannot take references, or that do not fit each other.
     """
     adapter = RefAlignConfig.load(find_adapter(options.adapter, revision=options.adapter_revision))
-    base = options.base
-    if Path(base).exists() and not (Path(base) / "model_index.json").is_file():
-        raise UserError(f"base: {base!r} is no diffusers pipeline folder, it has no model_index.json")
-    try:
-        config: Any = diffusers.DiffusionPipeline.load_config(base, revision=options.revision)
-        class_name = str((config.get("transformer") or [None, None])[1])
-        family = load_family(class_name)
-        if problem := family.pipeline_problem(SimpleNamespace(config=config)):
-            raise UserError(problem)
-        transformer_class = getattr(diffusers, class_name)
-        values = transformer_class.load_config(base, subfolder="transformer", revision=options.revision)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"base: {base!r} is no pipeline folder or Hub id that can be read ({_reason(error)})"
-        ) from None
-    with torch.device("meta"):
-        fit_config(transformer_class.from_config(values), adapter)
+    base = open_pipeline(options.base, field="base", revision=options.revision)
+    transformer_class: Any = base.component_class("transformer")
+    family = load_family(getattr(transformer_class, "__name__", "None"))
+    if problem := family.pipeline_problem(SimpleNamespace(config=base.index)):
+        raise UserError(problem)
+    with reading(options.base, "base"), torch.device("meta"):
+        fit_config(transformer_class.from_config(base.config("transformer")), adapter)
     return family
 
 
@@ -152,12 +143,13 @@ def load_pipeline(options: GenerateOptions, device: torch.device | None = None) 
     family = check_models(options)
     device = device or process_device(options)[0]
     dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
-    try:
+    found = open_pipeline(
+        options.base, field="base", revision=options.revision, weights=WEIGHTS, variant=options.variant
+    )
+    with reading(options.base, "base"):
         base = family.load_pipeline(
-            options.base, revision=options.revision, dtype={"default": dtype, "vae": torch.float32}
+            str(found.path), variant=options.variant, dtype={"default": dtype, "vae": torch.float32}
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"base: cannot load {options.base!r} ({_reason(error)})") from None
     if options.offload == "none":
         base.to(device)
     pipe = load_adapter(base, options.adapter, revision=options.adapter_revision)

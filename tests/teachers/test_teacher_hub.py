@@ -62,7 +62,7 @@ def test_broken_config(tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert "config.json' is not readable JSON" in message_of(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    assert "config.json' names no model_type" in message_of(tmp_path)
+    assert "config.json' must be an object of fields" in message_of(tmp_path)
 
 
 def test_broken_processor_file_is_not_taken_for_a_missing_one(folder):
