@@ -85,14 +85,15 @@ class Encoders:
             ConfigError: lists every such size, each with the nearest that fits.
         """
         multiples = self.family.size_multiples(self.pipe, self.patch_size)
-        problems = [problem for size in options.sizes for problem in _misfits(size, multiples)]
+        problems = [problem for size in options.sizes for problem in size_misfits(size, multiples)]
         if options.buckets:
             problems = [f"data.buckets {problem}" for problem in problems]
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
 
 
-def _misfits(size: Size, multiples: tuple[int, int, int]) -> Iterator[str]:
+def size_misfits(size: Size, multiples: tuple[int, int, int]) -> Iterator[str]:
+    """What of a size a base cannot cut into tokens, one line each; `multiples` as of `Family.size_multiples`."""
     time, rows, columns = multiples
     if (size.num_frames - 1) % time:
         near = max(0, round((size.num_frames - 1) / time)) * time + 1

@@ -11,7 +11,9 @@ from accelerate import PartialState
 
 from ..branch.attach import fit_config
 from ..config import RefAlignConfig
+from ..data.encoders import size_misfits
 from ..data.options import DTYPES
+from ..data.sizes import Size
 from ..errors import ConfigError, UserError
 from ..export.adapter import find_adapter
 from ..families._pipeline_folder import open_pipeline, reading
@@ -22,6 +24,10 @@ from .load import load_adapter
 
 WEIGHTS = ("transformer", "vae", "text_encoder")
 """Components of the base that have weights."""
+MOST = {"height": 16384, "width": 16384, "num_frames": 4093, "num_inference_steps": 10_000, "max_references": 64}
+"""Sizes and frames: what the rotary tables of video DiTs reach, 1,024 tokens along an axis (Wan)."""
+LEAST_FPS, MOST_FPS = 0.1, 1000
+"""An mp4's rate is a fraction of small numbers: far below, another rate would be written."""
 OFFLOADS = ("none", "model")
 """model: a model is on the GPU only while it runs, diffusers' `enable_model_cpu_offload`; slower, with less memory."""
 
@@ -74,11 +80,13 @@ class GenerateOptions:
     adapter_revision: str | None = None
 
     def __post_init__(self) -> None:
-        counts = ("height", "width", "num_frames", "num_inference_steps", "max_references")
-        too_small = [name for name in counts if getattr(self, name) < 1]
-        problems = [f"{name} must be at least 1, got {getattr(self, name)}" for name in too_small]
-        if not 0 < self.fps <= 1000:
-            problems.append(f"fps must be above 0 and at most 1000, got {self.fps}")
+        problems = [
+            f"{name} must be a whole number from 1 to {most}, got {getattr(self, name)}"
+            for name, most in MOST.items()
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= most
+        ]
+        if not LEAST_FPS <= self.fps <= MOST_FPS:
+            problems.append(f"fps must be from {LEAST_FPS} to {MOST_FPS}, got {self.fps}")
         if not 0 <= self.seed < 2**63:
             problems.append(f"seed must be at least 0 and below 2**63, got {self.seed}")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -102,9 +110,9 @@ def process_device(options: GenerateOptions) -> tuple[torch.device, PartialState
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} cannot be used ({_reason(error)})") from None
+        raise UserError(f"device: {name!r} cannot be used ({_reason(error)}); take cpu or cuda") from None
     if options.offload != "none" and device.type == "cpu":
         raise UserError(f"offload: {options.offload!r} needs a GPU, got device {name!r}; use 'none'")
     state = PartialState(cpu=device.type == "cpu")
@@ -126,8 +134,18 @@ def check_models(options: GenerateOptions) -> Family:
     if problem := family.pipeline_problem(SimpleNamespace(config=base.index)):
         raise UserError(problem)
     with reading(options.base, "base"), torch.device("meta"):
-        fit_config(transformer_class.from_config(base.config("transformer")), adapter)
+        transformer = transformer_class.from_config(base.config("transformer"))
+        fit_config(transformer, adapter)
+        if (vae_class := base.component_class("vae")) is not None:
+            _check_size(options, family, transformer, vae_class.from_config(base.config("vae")))  # pyright: ignore
     return family
+
+
+def _check_size(options: GenerateOptions, family: Family, transformer: Any, vae: Any) -> None:
+    multiples = family.size_multiples(SimpleNamespace(vae=vae), family.patch_size(transformer))
+    size = Size(options.num_frames, options.height, options.width)
+    if problems := list(size_misfits(size, multiples)):
+        raise ConfigError(problems)
 
 
 def load_pipeline(options: GenerateOptions, device: torch.device | None = None) -> Any:
