@@ -6,6 +6,8 @@ import sys
 
 import pytest
 from fake_hub import COMMIT, TOKEN, client_environment, serving
+from tiny_adapter import save_tiny_adapter
+from tiny_models import save_tiny_pipeline
 
 CLIENT = """
 import json, sys, time
@@ -93,6 +95,7 @@ def test_without_a_network_the_cache_serves_and_otherwise_there_is_a_line_in_tim
     assert "switched off by HF_HUB_OFFLINE; unset it" in offline[0]
 
 
+@pytest.mark.slow
 def test_a_download_that_was_cut_goes_on(tmp_path):
     with serving(FILES) as hub:
         ((first, _),) = client(hub.url, tmp_path, ("cut/one", {}))
@@ -109,3 +112,33 @@ def test_a_full_disk_is_a_write_error(tmp_path):
         ((message, _),) = client(hub.url, tmp_path, ("open/one", {}), prefix=limit)
     assert message.startswith("WriteError adapter: cannot store 'open/one' in the cache ")
     assert "set HF_HOME to another" in message
+
+
+BASE = """
+import json, sys
+from refalign_adapter.errors import UserError
+from refalign_adapter.pipelines.options import GenerateOptions, load_pipeline
+
+for base in ("open/base", "original/base", "open/base"):
+    try:
+        pipe = load_pipeline(GenerateOptions(base, sys.argv[1], device="cpu", height=32, width=48, num_frames=5))
+        print(type(pipe).__name__)
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_base_of_the_hub_is_loaded_without_a_line_of_a_library(tmp_path):
+    adapter, folder = save_tiny_adapter(tmp_path / "adapter"), save_tiny_pipeline(tmp_path / "base")
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with serving(files) as hub:
+        environment = client_environment(hub.url, tmp_path / "home")
+        run = subprocess.run(
+            [sys.executable, "-c", BASE, str(adapter)], env=environment, capture_output=True, text=True, timeout=120
+        )
+    assert run.returncode == 0, run.stderr
+    first, refused, again = run.stdout.splitlines()
+    assert first == again == "WanReferencePipeline"
+    assert refused.startswith("base: cannot read 'original/base': there is no such folder here and no model of this")
+    assert run.stderr == ""

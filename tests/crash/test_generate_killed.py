@@ -37,7 +37,7 @@ def command(tmp_path_factory):
 
 
 def run(command, output, number=None, after=0.0):
-    """(exit code, lines on standard error) of a run that got signal `number` after so many seconds, if it still ran."""
+    """(exit code, lines on standard error) of a run that got signal `number` after so many seconds."""
     environment = os.environ | {"PYTHONPATH": str(Path(refalign_adapter.__file__).parents[1])}
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*command, f"--output={output}"], env=environment, **streams)
