@@ -171,6 +171,7 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; the GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; bf16 on a GPU, else fp32.")] = None,
     offload: Annotated[str, typer.Option(help="none or model: less GPU memory, slower.")] = "none",
+    variant: Annotated[str | None, typer.Option(help="Of the base's weight files, such as fp16.")] = None,
     revision: Annotated[str | None, typer.Option(help="The base's revision on the Hub.")] = None,
     adapter_revision: Annotated[str | None, typer.Option(help="The adapter's revision on the Hub.")] = None,
 ) -> None:

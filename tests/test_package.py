@@ -17,18 +17,8 @@ PACKAGE = "refalign_adapter"
 ROOT = Path(refalign_adapter.__file__).parent
 
 LAYERS = [
-    {
-        "errors",
-        "exchange",
-        "files",
-        "json_files",
-        "tensor_files",
-        "signals",
-        "hub",
-        "config_checks",
-        "config",
-        "batch",
-    },
+    {"errors", "exchange", "files", "json_files", "tensor_files", "signals"},
+    {"hub", "model_configs", "config_checks", "config", "batch"},
     {"flow", "alignment"},
     {"teachers", "families"},
     {"export"},

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from ..errors import ConfigError, UserError
+from ..families._pipeline_folder import open_pipeline, reading
 from ..families.base import Family, load_family
 from ..teachers.base import Teacher, load_teacher
 from .options import DTYPES, CacheOptions, model_id
@@ -24,6 +24,7 @@ from .references import reference_size
 from .sizes import Size
 
 PIPELINE_CONFIG = "model_index.json"
+FIELD = "base_model"
 
 
 @dataclass
@@ -85,14 +86,15 @@ class Encoders:
             ConfigError: lists every such size, each with the nearest that fits.
         """
         multiples = self.family.size_multiples(self.pipe, self.patch_size)
-        problems = [problem for size in options.sizes for problem in _misfits(size, multiples)]
+        problems = [problem for size in options.sizes for problem in size_misfits(size, multiples)]
         if options.buckets:
             problems = [f"data.buckets {problem}" for problem in problems]
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
 
 
-def _misfits(size: Size, multiples: tuple[int, int, int]) -> Iterator[str]:
+def size_misfits(size: Size, multiples: tuple[int, int, int]) -> Iterator[str]:
+    """What of a size a base cannot cut into tokens, one line each; `multiples` as of `Family.size_multiples`."""
     time, rows, columns = multiples
     if (size.num_frames - 1) % time:
         near = max(0, round((size.num_frames - 1) / time)) * time + 1
@@ -112,30 +114,25 @@ def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> 
         ConfigError: sizes that the base cannot cut into tokens.
     """
     name = options.base_model
-    try:
-        family, patch_size = _read_base(options)
-        text_dtype = DTYPES[options.text_encoder_dtype]
+    family, patch_size = _read_base(options)
+    text_dtype = DTYPES[options.text_encoder_dtype]
+    base = open_pipeline(
+        name, field=FIELD, revision=options.revision, weights=("vae", "text_encoder"), variant=options.variant
+    )
+    with reading(name, FIELD):
         pipe = family.load_encoders(
-            name,
-            revision=options.revision,
-            variant=options.variant,
-            dtype={"vae": torch.float32, "default": text_dtype},
+            str(base.path), variant=options.variant, dtype={"vae": torch.float32, "default": text_dtype}
         )
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"base_model: cannot read {name!r} as a diffusers pipeline ({reason})") from None
     teachers = {teacher: load_teacher(teacher, layer=options.teacher_layer) for teacher in options.teachers}
-    base = {"id": model_id(name), "variant": options.variant}
+    facts = {"id": model_id(name), "variant": options.variant}
     encoders = Encoders(
         family,
         pipe,
         patch_size,
         teachers,
-        vae={**base, "version": version_of(options, ("vae",)), "dtype": "fp32"},
+        vae={**facts, "version": version_of(options, ("vae",)), "dtype": "fp32"},
         text_encoder={
-            **base,
+            **facts,
             "version": version_of(options, ("text_encoder", "tokenizer")),
             "dtype": options.text_encoder_dtype,
         },
@@ -147,15 +144,13 @@ def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> 
 
 def _read_base(options: CacheOptions) -> tuple[Family, tuple[int, int, int]]:
     """The base's family and patch size, from its configs alone."""
-    config: Any = diffusers.DiffusionPipeline.load_config(options.base_model, revision=options.revision)
-    class_name = (config.get("transformer") or [None, None])[1]
-    family = load_family(str(class_name), options.family)
-    if problem := family.pipeline_problem(SimpleNamespace(config=config)):
+    base = open_pipeline(options.base_model, field=FIELD, revision=options.revision)
+    transformer_class: Any = base.component_class("transformer")
+    family = load_family(getattr(transformer_class, "__name__", "None"), options.family)
+    if problem := family.pipeline_problem(SimpleNamespace(config=base.index)):
         raise UserError(problem)
-    transformer_class = getattr(diffusers, str(class_name))
-    values = transformer_class.load_config(options.base_model, subfolder="transformer", revision=options.revision)
-    with torch.device("meta"):
-        transformer = transformer_class.from_config(values)
+    with reading(options.base_model, FIELD), torch.device("meta"):
+        transformer = transformer_class.from_config(base.config("transformer"))
     load_family(transformer, options.family)
     return family, family.patch_size(transformer)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, shorten
+from ..hub import fetch
 from ..json_files import parse_json, read_bytes
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -42,19 +43,11 @@ def local_path(path: str, patterns: Sequence[str] | None = None, *, revision: st
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        UserError: the Hub does not know it or cannot be reached.
+        UserError: the Hub does not know it or cannot be reached, see `fetch`.
     """
     if not is_hub_id(path):
         return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        wanted = list(patterns) if patterns is not None else None
-        return Path(snapshot_download(path, repo_type="dataset", revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot read {path!r}: no such path here, nor a data set on the Hub ({reason})") from None
+    return fetch(path, field="path", repo_type="dataset", revision=revision, patterns=patterns)
 
 
 def read_table(path: Path, max_rows: int | None = None) -> Iterator[tuple[int, Any]]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 from torch import nn
@@ -16,6 +15,7 @@ from torch import nn
 from ..data.encoders import Encoders
 from ..data.options import DTYPES, CacheOptions
 from ..errors import UserError
+from ..families._pipeline_folder import PipelineFolder, open_pipeline, reading
 from ..families.base import Family, load_family
 from ..teachers._hub import local_folder, read_config, read_processor
 from ..teachers.base import Teacher, known_teachers
@@ -64,14 +64,14 @@ def read_models(recipe: Recipe, options: CacheOptions) -> Models:
     """
     family, shift = read_base(recipe)
     with _told(recipe):
-        index: Any = diffusers.DiffusionPipeline.load_config(options.base_model, revision=options.revision)
-        transformer_class = getattr(diffusers, str(index["transformer"][1]))
-        config = _load_config(transformer_class, options, "transformer")
+        base = open_pipeline(options.base_model, field=FIELD, revision=options.revision)
+        transformer_class: Any = base.component_class("transformer")
+        config = base.config("transformer")
         with torch.device("meta"):
             transformer = transformer_class.from_config(config)
-            vae_class = getattr(diffusers, str(index["vae"][1]))
-            vae = vae_class.from_config(_load_config(vae_class, options, "vae"))
-        text_encoder = _text_encoder(str(index["text_encoder"][1]), options)
+            vae_class: Any = base.component_class("vae")
+            vae = vae_class.from_config(base.config("vae"))
+        text_encoder = _text_encoder(base, options)
     load_family(transformer, recipe.family)  # refuses variants
     encoders = Encoders(
         family,
@@ -84,14 +84,10 @@ def read_models(recipe: Recipe, options: CacheOptions) -> Models:
     return Models(family, shift, transformer_class, config, *widths, encoders)
 
 
-def _load_config(model_class: Any, options: CacheOptions, component: str) -> Any:
-    return model_class.load_config(options.base_model, subfolder=component, revision=options.revision)
-
-
-def _text_encoder(class_name: str, options: CacheOptions) -> nn.Module:
-    model_class = getattr(transformers, class_name)
-    named: dict[str, Any] = {"subfolder": "text_encoder", "revision": options.revision or "main"}
-    config = model_class.config_class.from_pretrained(options.base_model, **named)
+def _text_encoder(base: PipelineFolder, options: CacheOptions) -> nn.Module:
+    model_class: Any = base.component_class("text_encoder")
+    base.config("text_encoder")  # refuses sizes that no model has
+    config = model_class.config_class.from_pretrained(base.path / "text_encoder")
     dtype = DTYPES[options.text_encoder_dtype]
     with torch.device("meta"):
         model = model_class(config).to(dtype)
@@ -115,7 +111,7 @@ def read_teacher(name: str, layer: int = -1) -> Teacher:
     if not found:
         raise UserError(f"teacher: {name!r} is a {model_type!r}, known are {', '.join(known_teachers())}")
     model_class = getattr(transformers, found[0].model_class)
-    with torch.device("meta"):
+    with reading(name, "teacher", "an encoder"), torch.device("meta"):
         model = model_class(model_class.config_class.from_pretrained(folder))
     return found[0](model, name=name, layer=layer, processor=read_processor(folder))
 

@@ -16,11 +16,12 @@ from ..config import CONFIG_NAME, FORMAT, FORMAT_KEY, PACKAGE, RefAlignConfig, r
 from ..config_checks import is_plain
 from ..errors import ConfigError, UserError, shorten
 from ..files import PICKLE_SUFFIXES
+from ..hub import fetch
 from ..json_files import parse_json
 from .adapter import FILE_NAMES, METADATA_FIELDS
 from .formats import FACTS_KEY, FORMATS, PREFIX, WeightsFormat, format_of, stated_facts
 from .layers import LayerLora, adapted, by_name, patterns, written_out
-from .other_kinds import describe, describe_file
+from .other_kinds import describe, describe_file, describe_repository
 
 DTYPES = {"F16", "BF16", "F32", "F64"}
 """As safetensors calls the types a LoRA can have."""
@@ -100,10 +101,13 @@ def open_adapter(source: str | Path, *, revision: str | None = None, token: str 
         UserError: nothing there, something of another kind (said is what it is and what opens it), a newer format, or
             anything in it that is not as this package writes it.
     """
-    path = _locate(source, revision, token)
+    path, from_hub = _locate(source), False
+    if path is None:
+        path, from_hub = _fetch(str(source), revision, token), True
     there = [name for name in FILE_NAMES if (path / name).is_file()]
     if not (path / CONFIG_NAME).is_file():
-        _refuse_without_config(path, str(source), there)
+        said = describe_repository(str(source), revision, token) if from_hub else describe(path)
+        _refuse_without_config(str(source), there, said)
     values = read_values(path / CONFIG_NAME)
     config = RefAlignConfig.from_dict(values, source=str(path / CONFIG_NAME))
     _check_files(path, str(source), config, there)
@@ -116,7 +120,8 @@ def open_adapter(source: str | Path, *, revision: str | None = None, token: str 
     return AdapterFolder(path, _without_patterns(config, shapes, path), form, shapes)
 
 
-def _locate(source: str | Path, revision: str | None, token: str | None) -> Path:
+def _locate(source: str | Path) -> Path | None:
+    """The folder `source`, or None where there is none."""
     path = Path(source).expanduser()
     try:
         if path.is_file():
@@ -125,27 +130,17 @@ def _locate(source: str | Path, revision: str | None, token: str | None) -> Path
             return path
     except OSError as error:
         raise UserError(f"adapter: {str(source)!r} cannot be looked at ({error.strerror})") from None
-    return _fetch(str(source), revision, token)
+    return None
 
 
 def _fetch(repo_id: str, revision: str | None, token: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     if repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1:
-        raise UserError(f"adapter: folder {repo_id!r} does not exist")
-    try:
-        names = [CONFIG_NAME, *FILE_NAMES]
-        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=names))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"adapter: {repo_id!r} is neither a folder nor a Hub repository that can be read ({reason})"
-        ) from None
+        raise UserError(f"adapter: folder {shorten(repo_id, 300)} does not exist")
+    return fetch(repo_id, field="adapter", revision=revision, token=token, patterns=[CONFIG_NAME, *FILE_NAMES])
 
 
-def _refuse_without_config(path: Path, source: str, there: list[str]) -> None:
-    if said := describe(path):
+def _refuse_without_config(source: str, there: list[str], said: str | None) -> None:
+    if said is not None:
         raise UserError(f"adapter: {source!r} {said}")
     names = [CONFIG_NAME, *([] if there else [FORMATS["all"].file_name])]
     raise UserError(f"adapter: {source!r} is no adapter folder, it lacks {' and '.join(names)}")

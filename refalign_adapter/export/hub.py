@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..hub import is_of_the_hub, refusal
 from .adapter import FILE_NAMES
 from .card import model_card
 from .folder import open_adapter
@@ -34,10 +34,7 @@ def push_adapter(
         UserError: the Hub refused or could not be reached, with its reason.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
-    # Connection errors are those of the HTTP library, which differs between versions of huggingface_hub.
-    refusals: Any = (OSError, ValueError, *HfHubHTTPError.__bases__)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "adapter"
         save(folder)
@@ -53,9 +50,7 @@ def push_adapter(
                 commit_message="Upload adapter",
                 delete_patterns=[name for name in FILE_NAMES if name != format_of(config).file_name],
             )
-        except refusals as error:
-            raise UserError(f"repo_id: cannot push to {repo_id!r} ({_reason(error)})") from None
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        except Exception as error:
+            if not is_of_the_hub(error):
+                raise
+            raise refusal(error, repo_id, field="repo_id", doing="push to") from error

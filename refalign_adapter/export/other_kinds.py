@@ -16,6 +16,11 @@ LORA = re.compile(r"lora|lokr|loha|hada|dora|\.diff(_b)?$", re.IGNORECASE)
 CONTROL = re.compile(r"patch_embed|x_embedder|control", re.IGNORECASE)
 """Layers that only a LoRA for more input channels, or for control images, adapts."""
 MODEL = re.compile(r"(^|\.)(blocks|transformer_blocks|double_blocks|single_blocks)\.\d+\.")
+WHOLE = {
+    "model_index.json": "is a whole diffusers pipeline, a base and no adapter; give it as the base",
+    "adapter_config.json": "is an adapter of PEFT itself without references; PeftModel.from_pretrained opens it",
+}
+"""Files by which a folder is known -> what it is."""
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -23,10 +28,9 @@ def describe(folder: Path) -> str | None:
     """What a folder is, as the rest of a sentence that begins with its name; None when that cannot be told."""
     if inside := _adapter_inside(folder):
         return f"is a training run's folder; its adapter is {str(inside)!r}"
-    if (folder / "model_index.json").is_file():
-        return "is a whole diffusers pipeline, a base and no adapter; load it with DiffusionPipeline.from_pretrained"
-    if (folder / "adapter_config.json").is_file():
-        return "is an adapter of PEFT itself without references; PeftModel.from_pretrained opens it"
+    for name, said in WHOLE.items():
+        if (folder / name).is_file():
+            return said
     if (name := _model_class(folder)) is not None:
         return f"is a whole model ({name}), no adapter; {name}.from_pretrained opens it"
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -69,6 +73,27 @@ def adapter_in(names: Iterable[str]) -> str | None:
     """The folder that holds an adapter, by the names of a repository's files; None when none does."""
     found = sorted(name for name in names if name.endswith(f"/{CONFIG_NAME}"))
     return found[0].rpartition("/")[0] if found else None
+
+
+def describe_repository(repo_id: str, revision: str | None, token: str | None) -> str | None:
+    """What a repository of the Hub is, by its files' names and its weights' headers; None when that is not told."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    try:
+        names = api.list_repo_files(repo_id, revision=revision)
+        if (folder := adapter_in(names)) is not None:
+            return f"has its adapter in {folder!r}; download it and give that folder"
+        for name, said in WHOLE.items():
+            if name in names:
+                return said
+        for name in [name for name in names if name.endswith(".safetensors")][:3]:
+            found = describe_keys(list(api.parse_safetensors_file_metadata(repo_id, name, revision=revision).tensors))
+            if found:
+                return f"holds {name}, {found}"
+    except Exception:  # it was reached a moment ago; what it is only makes the refusal clearer
+        return None
+    return None
 
 
 def _adapter_inside(folder: Path) -> Path | None:

@@ -154,7 +154,8 @@ def loading_options(options: dict[str, Any]) -> dict[str, Any]:
 def known_families() -> dict[str, Family]:
     """All families of this package, key -> family."""
     package = import_module(__package__ or "")
-    names = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "base"]
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    names = [name for name in names if name != "base" and not name.startswith("_")]
     return {name: import_module(f"{__package__}.{name}").FAMILY for name in sorted(names)}
 
 

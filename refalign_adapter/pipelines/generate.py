@@ -9,16 +9,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..data.options import model_id
 from ..data.video import write_video
 from ..errors import ConfigError, UserError
 from ..export.folder import open_adapter
-from ..files import require_writable_folder
+from ..files import remove_leftovers, require_writable_folder
 from ..json_files import read_json, write_json
 from .guidance import ALL_STEPS
 from .options import GenerateOptions, check_models, load_pipeline, process_device
-from .prompts import Prompt, read_prompts, reference_problems
+from .prompts import Prompt, image_path, read_prompts, reference_problems
 
 OPTIONS_NAME = ".refalign_generate.json"
 """What a folder of videos was made with; beside them, hidden from tools that take every file for a video."""
@@ -49,8 +51,10 @@ def generate_one(options: GenerateOptions, prompt: str, references: Sequence[str
     if problems:
         raise ConfigError(problems)
     require_writable_folder(output.parent)
+    remove_leftovers(output.parent)
     pipe = load_pipeline(options)
-    _generate(pipe, options, Prompt(output.stem, prompt, tuple(map(Path, references))), options.seed, output)
+    images = tuple(image_path(Path(), str(name)) for name in references)
+    _generate(pipe, options, Prompt(output.stem, prompt, images), options.seed, output)
     return output
 
 
@@ -87,6 +91,7 @@ def generate_many(
     _check_folder(folder, made_with, resumed=len(missing) < len(rows))
     state.wait_for_everyone()  # all have looked before one writes, so that all share out the same rows
     if state.is_main_process:
+        remove_leftovers(folder)
         write_json(folder / OPTIONS_NAME, made_with)
     mine = missing[state.process_index :: state.num_processes]
     report(f"{len(rows) - len(missing)} of {len(rows)} videos exist, {len(mine)} to generate here")
@@ -123,6 +128,11 @@ def _generate(pipe: Any, options: GenerateOptions, row: Prompt, seed: int, path:
         batch_guidance=options.batch_guidance,
         generator=torch.Generator().manual_seed(seed),  # of the CPU: the same noise on every device
     ).frames[0]
+    if not np.isfinite(frames).all():
+        raise UserError(
+            f"{row.key}: its video is not finite, and is not written; try dtype bf16 or fp32, and see that base and "
+            "adapter are whole"
+        )
     write_video(path, frames, fps=options.fps)
 
 
@@ -131,6 +141,8 @@ def _describe(options: GenerateOptions) -> dict[str, Any]:
     values = dataclasses.asdict(options) | {"guidance_interval": list(options.guidance_interval)}  # as JSON has it
     for name in ("device", "offload", "max_references", "batch_guidance"):
         del values[name]
+    for name in ("base", "adapter"):  # a folder of videos is passed on: it need not tell where things were
+        values[name] = model_id(getattr(options, name))
     with open_adapter(options.adapter, revision=options.adapter_revision).weights.open("rb") as file:
         values["adapter_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return values
@@ -143,8 +155,23 @@ def _check_folder(folder: Path, made_with: dict[str, Any], resumed: bool) -> Non
         if resumed:
             raise UserError(f"output: {str(folder)!r} holds other videos of these keys; choose another folder")
         return
-    before = {"guidance_interval": list(ALL_STEPS)} | read_json(path, "output")  # older folders do not say
+    before = _made_before(path)
     names = [name for name in made_with if before.get(name) != made_with[name]]
     if names and resumed:
         differences = "; ".join(f"{name} {before.get(name)!r}, now {made_with[name]!r}" for name in names)
         raise UserError(f"output: {str(folder)!r} holds videos made with {differences}; choose another folder")
+
+
+def _made_before(path: Path) -> dict[str, Any]:
+    """What a folder's videos were made with; older folders do not say everything, and hold paths."""
+    try:
+        found = read_json(path, "output")
+    except UserError as error:
+        raise UserError(f"{error}; choose another folder, or delete this file and the videos beside it") from None
+    if not isinstance(found, dict):
+        raise UserError(f"output: {str(path)!r} holds no options; delete it and the videos beside it")
+    before = {"guidance_interval": list(ALL_STEPS), "variant": None} | found
+    for name in ("base", "adapter"):
+        if isinstance(before.get(name), str):
+            before[name] = model_id(before[name])
+    return before

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import PartialState
 
 from ..branch.attach import fit_config
+from ..data.encoders import size_misfits
 from ..data.options import DTYPES
+from ..data.sizes import Size
 from ..errors import ConfigError, UserError
 from ..export.folder import open_adapter
+from ..families._pipeline_folder import open_pipeline, reading
 from ..families.base import Family, load_family
 from .base import MAX_REFERENCES
 from .guidance import ALL_STEPS, check_scales
 from .load import load_adapter
 from .weights import check_fits
 
+WEIGHTS = ("transformer", "vae", "text_encoder")
+"""Components of the base that have weights."""
+MOST = {"height": 16384, "width": 16384, "num_frames": 4093, "num_inference_steps": 10_000, "max_references": 64}
+"""Sizes and frames: what the rotary tables of video DiTs reach, 1,024 tokens along an axis (Wan)."""
+LEAST_FPS, MOST_FPS = 0.1, 1000
+"""An mp4's rate is a fraction of small numbers: far below, another rate would be written."""
 OFFLOADS = ("none", "model")
 """model: a model is on the GPU only while it runs, diffusers' `enable_model_cpu_offload`; slower, with less memory."""
 
@@ -44,6 +51,7 @@ class GenerateOptions:
         device: None takes the GPU if there is one, else the CPU.
         dtype: fp32, fp16 or bf16, of transformer and text encoder; None takes bf16, on the CPU fp32. The VAE is fp32.
         offload: none or model.
+        variant: of the base's weight files, such as fp16.
         revision, adapter_revision: of the Hub.
 
     Raises:
@@ -67,15 +75,18 @@ class GenerateOptions:
     device: str | None = None
     dtype: str | None = None
     offload: str = "none"
+    variant: str | None = None
     revision: str | None = None
     adapter_revision: str | None = None
 
     def __post_init__(self) -> None:
-        counts = ("height", "width", "num_frames", "num_inference_steps", "max_references")
-        too_small = [name for name in counts if getattr(self, name) < 1]
-        problems = [f"{name} must be at least 1, got {getattr(self, name)}" for name in too_small]
-        if not 0 < self.fps <= 1000:
-            problems.append(f"fps must be above 0 and at most 1000, got {self.fps}")
+        problems = [
+            f"{name} must be a whole number from 1 to {most}, got {getattr(self, name)}"
+            for name, most in MOST.items()
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= most
+        ]
+        if not LEAST_FPS <= self.fps <= MOST_FPS:
+            problems.append(f"fps must be from {LEAST_FPS} to {MOST_FPS}, got {self.fps}")
         if not 0 <= self.seed < 2**63:
             problems.append(f"seed must be at least 0 and below 2**63, got {self.seed}")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -99,9 +110,9 @@ def process_device(options: GenerateOptions) -> tuple[torch.device, PartialState
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} cannot be used ({_reason(error)})") from None
+        raise UserError(f"device: {name!r} cannot be used ({_reason(error)}); take cpu or cuda") from None
     if options.offload != "none" and device.type == "cpu":
         raise UserError(f"offload: {options.offload!r} needs a GPU, got device {name!r}; use 'none'")
     state = PartialState(cpu=device.type == "cpu")
@@ -117,28 +128,25 @@ def check_models(options: GenerateOptions) -> Family:
         UserError: a base or adapter that cannot be read, that cannot take references, or that do not fit each other.
     """
     adapter = open_adapter(options.adapter, revision=options.adapter_revision)
-    base = options.base
-    if Path(base).exists() and not (Path(base) / "model_index.json").is_file():
-        raise UserError(f"base: {base!r} is no diffusers pipeline folder, it has no model_index.json")
-    try:
-        config: Any = diffusers.DiffusionPipeline.load_config(base, revision=options.revision)
-        class_name = str((config.get("transformer") or [None, None])[1])
-        family = load_family(class_name)
-        if problem := family.pipeline_problem(SimpleNamespace(config=config)):
-            raise UserError(problem)
-        transformer_class = getattr(diffusers, class_name)
-        values = transformer_class.load_config(base, subfolder="transformer", revision=options.revision)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"base: {base!r} is no pipeline folder or Hub id that can be read ({_reason(error)})"
-        ) from None
-    with torch.device("meta"):
-        transformer = transformer_class.from_config(values)
+    base = open_pipeline(options.base, field="base", revision=options.revision)
+    transformer_class: Any = base.component_class("transformer")
+    family = load_family(getattr(transformer_class, "__name__", "None"))
+    if problem := family.pipeline_problem(SimpleNamespace(config=base.index)):
+        raise UserError(problem)
+    with reading(options.base, "base"), torch.device("meta"):
+        transformer = transformer_class.from_config(base.config("transformer"))
         fit_config(transformer, adapter.config)
         check_fits(transformer, family, adapter)
+        if (vae_class := base.component_class("vae")) is not None:
+            _check_size(options, family, transformer, vae_class.from_config(base.config("vae")))  # pyright: ignore
     return family
+
+
+def _check_size(options: GenerateOptions, family: Family, transformer: Any, vae: Any) -> None:
+    multiples = family.size_multiples(SimpleNamespace(vae=vae), family.patch_size(transformer))
+    size = Size(options.num_frames, options.height, options.width)
+    if problems := list(size_misfits(size, multiples)):
+        raise ConfigError(problems)
 
 
 def load_pipeline(options: GenerateOptions, device: torch.device | None = None) -> Any:
@@ -154,12 +162,13 @@ def load_pipeline(options: GenerateOptions, device: torch.device | None = None) 
     family = check_models(options)
     device = device or process_device(options)[0]
     dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
-    try:
+    found = open_pipeline(
+        options.base, field="base", revision=options.revision, weights=WEIGHTS, variant=options.variant
+    )
+    with reading(options.base, "base"):
         base = family.load_pipeline(
-            options.base, revision=options.revision, dtype={"default": dtype, "vae": torch.float32}
+            str(found.path), variant=options.variant, dtype={"default": dtype, "vae": torch.float32}
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"base: cannot load {options.base!r} ({_reason(error)})") from None
     if options.offload == "none":
         base.to(device)
     pipe = load_adapter(base, options.adapter, revision=options.adapter_revision)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 from ..config import unknown_key
 from ..data.images import read_image
 from ..errors import ConfigError, UserError
+from ..json_files import decode_text, parse_json, read_bytes
 
 FIELDS = ("key", "prompt", "references", "negative_prompt")
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 LONGEST_KEY = 200
 """Characters of a key; file systems allow 255 bytes for a file's name."""
 
@@ -50,9 +53,9 @@ def read_prompts(path: str | Path, most_references: int) -> list[Prompt]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        text = decode_text(read_bytes(path))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"prompts: cannot read {str(path)!r} ({reason})") from None
     problems: list[str] = []
     rows = _opens2v_rows(text)
@@ -70,7 +73,7 @@ def read_prompts(path: str | Path, most_references: int) -> list[Prompt]:
 def _opens2v_rows(text: str) -> list[tuple[str, dict[str, Any]]] | None:
     """Rows of an OpenS2V-Eval file in our fields, or None when it is not one."""
     try:
-        pairs = json.loads(text, object_pairs_hook=list)  # not dict, which drops the first of two equal keys
+        pairs = parse_json(text, pairs=list)  # not dict, in which a prompt's key cannot be found to be there twice
     except ValueError:
         return None
     is_object = isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
@@ -96,7 +99,7 @@ def _json_lines(text: str, problems: list[str]) -> list[tuple[str, dict[str, Any
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError as error:
             problems.append(f"line {number}: is not JSON ({error})")
             continue
@@ -129,7 +132,15 @@ def _read_row(
     problems += [f"{place}: {problem}" for problem in found]
     if found:
         return None
-    return Prompt(key, prompt, tuple(folder / name for name in values["references"]), negative)
+    return Prompt(key, prompt, tuple(image_path(folder, name) for name in values["references"]), negative)
+
+
+def image_path(folder: Path, name: str) -> Path:
+    """Where an image file is: `~` is the user's home, and what is not absolute is in `folder`."""
+    path = Path(name)
+    with suppress(RuntimeError):  # no such user: a name like any other
+        path = path.expanduser()
+    return folder / path
 
 
 def key_problem(key: Any) -> str | None:
@@ -153,8 +164,13 @@ def reference_problems(references: Any, folder: Path, most: int) -> list[str]:
         return [f"references: {len(references)} images are too many, at most {most}; leave some out"]
     problems = []
     for index, name in enumerate(references):
+        if _URL.match(name):
+            problems.append(f"references[{index}]: {name[:60]!r} is a URL; download the picture and name its file")
+            continue
         try:
-            read_image(folder / name, f"references[{index}]")
+            read_image(image_path(folder, name), f"references[{index}]")
         except UserError as error:
             problems.append(str(error))
+        except OSError as error:
+            problems.append(f"references[{index}]: cannot read {name[:60]!r} ({error.strerror})")
     return problems

@@ -9,20 +9,15 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from ..errors import UserError
+from ..errors import UserError, WriteError
+from ..hub import fetch
 from ..json_files import read_json
+from ..model_configs import read_model_config
 
+LARGEST_SIDE = 8192
+"""Pixels of a side that an encoder may declare as its own size."""
 UNGATED_TEACHER = "facebook/dinov2-base"
 FILES = ["config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors", "model*.index.json"]
 
@@ -44,19 +39,21 @@ def local_folder(name: str, revision: str | None = None, files: Sequence[str] = 
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"teacher: {_hub_problem(name, revision, error)}") from error
+        return fetch(name, field="teacher", revision=revision, patterns=files)
+    except WriteError:
+        raise
+    except UserError as error:
+        raise UserError(f"{error}; or use {UNGATED_TEACHER!r}, which is open to all") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The encoder's config.json.
 
     Raises:
-        UserError: the file is missing, is not JSON or names no `model_type`.
+        UserError: the file is missing, names no `model_type`, or see `read_model_config`.
     """
-    config = read_json(folder / "config.json", "teacher")
-    if not isinstance(config, dict) or not config.get("model_type"):
+    config = read_model_config(folder / "config.json", "teacher")
+    if not isinstance(config.get("model_type"), str):
         raise UserError(f"teacher: {str(folder / 'config.json')!r} names no model_type; give a transformers encoder")
     return config
 
@@ -67,20 +64,62 @@ def read_processor(folder: Path) -> dict[str, Any]:
     The JSON is read and no processor is built: several of transformers' image processors need torchvision.
 
     Raises:
-        UserError: the file is there but is not JSON.
+        UserError: the file is there but is not JSON, or holds values of another kind.
     """
     if (path := folder / "processor_config.json").is_file():
-        if nested := read_json(path, "teacher").get("image_processor"):
-            return nested
+        declared = read_json(path, "teacher")
+        if isinstance(declared, dict) and (nested := declared.get("image_processor")):
+            return _checked(nested, path)
     path = folder / "preprocessor_config.json"
-    return read_json(path, "teacher") if path.is_file() else {}
+    return _checked(read_json(path, "teacher"), path) if path.is_file() else {}
+
+
+def _checked(processor: Any, path: Path) -> dict[str, Any]:
+    """What a preprocessing file declares, if those fields that are used hold values that an encoder can have."""
+    fields = processor if isinstance(processor, dict) else {"the file": processor}
+    for name, value in fields.items():
+        allowed = _ALLOWED.get(name, lambda _: isinstance(processor, dict))
+        if value is not None and not allowed(value):
+            shown = str(value)[:60]
+            raise UserError(f"teacher: {str(path)!r}: {name} cannot be {shown}; download the encoder again")
+    return processor
+
+
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most
+
+
+def _are_channels(value: Any, least: float) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(_is_number(item, least, 1000) for item in value)
+
+
+def _is_size(value: Any) -> bool:
+    if isinstance(value, dict):
+        known = {"height", "width"} <= set(value) or bool({"shortest_edge", "longest_edge"} & set(value))
+        return known and all(_is_side(item) for item in value.values())
+    return _is_side(value) or (isinstance(value, list) and len(value) == 2 and all(map(_is_side, value)))
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_SIDE
+
+
+_ALLOWED: dict[str, Callable[[Any], bool]] = {
+    "image_mean": lambda value: _are_channels(value, -1000),
+    "image_std": lambda value: _are_channels(value, 1e-6),
+    "rescale_factor": lambda value: _is_number(value, 1e-9, 1000),
+    "size": _is_size,
+    "crop_size": _is_size,
+    **dict.fromkeys(("do_rescale", "do_normalize", "do_center_crop"), lambda value: isinstance(value, bool)),
+}
+"""Field of a preprocessing file -> whether a value can be."""
 
 
 def read_model(folder: Path, model_class: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load a folder's weights into the transformers class called `model_class`; weights it has no use for are left.
 
     Raises:
-        UserError: no safetensors file, an unreadable one, or one that lacks some of the model's weights.
+        UserError: no safetensors file, an unreadable one, one that lacks some of the model's weights, or holds NaN.
     """
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"teacher: {str(folder)!r} holds no safetensors weights, the only kind that is read")
@@ -88,11 +127,14 @@ def read_model(folder: Path, model_class: str, dtype: torch.dtype) -> PreTrained
     try:
         with _quiet():
             model, report = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a library may raise anything about a file that is not as it expects
         raise UserError(f"teacher: cannot load {str(folder)!r} ({' '.join(str(error).split())[:300]})") from error
     if missing := sorted(report["missing_keys"]):
         listed = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
         raise UserError(f"teacher: {str(folder)!r} lacks {len(missing)} weights of {model_class} ({listed})")
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"teacher: {str(folder)!r}: weight {name!r} is not finite; download the encoder again")
     return model
 
 
@@ -112,28 +154,6 @@ def content_digest(folder: Path, file_digest: Callable[[Path], str] | None = Non
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hub_problem(name: str, revision: str | None, error: Exception) -> str:
-    known = ", ".join(encoder_files())
-    if _is_refused(error):
-        return (
-            f"the Hub refused {name!r}, which is gated or private: request access at https://huggingface.co/{name} "
-            f"and log in with `hf auth login`, or use the ungated {UNGATED_TEACHER!r}"
-        )
-    if isinstance(error, (HFValidationError, RepositoryNotFoundError)):
-        return f"{name!r} is neither a folder nor a model on the Hub; known are {known}, as {UNGATED_TEACHER!r}"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{name!r} has no revision {revision!r}; see https://huggingface.co/{name}/commits"
-    return f"{name!r} is no folder, not in the local cache, and the Hub cannot be reached; download it while online"
-
-
-def _is_refused(error: Exception) -> bool:
-    # The Hub also answers 401 for a repository that does not exist, so the status alone does not decide.
-    if isinstance(error, RepositoryNotFoundError):
-        return isinstance(error, GatedRepoError)
-    # Before huggingface_hub 1.0 an error that came without an answer (offline) was an HTTP error, too.
-    return isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", None) in (401, 403)
 
 
 @contextmanager

@@ -50,5 +50,5 @@ def _words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     if kind == "array":
         return f"list of {_words(schema['items'], definitions)}"
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
+    limits = [f"{sign} {schema[key]:.10g}" for key, sign in bounds.items() if key in schema]
     return " ".join([kind, *limits])

@@ -254,7 +254,7 @@ def test_bases_that_do_not_fit_are_one_line(options, tmp_path):
             load_encoders(replace(options, teachers=(), **changes))
         assert "\n" not in str(caught.value)
 
-    refused("base_model: cannot read", base_model=str(tmp_path / "nothing"))
+    refused("base_model: folder .*nothing' does not exist", base_model=str(tmp_path / "nothing"))
     refused("family must be one of", family="unknown")
     base = tiny_models.save_tiny_pipeline(tmp_path / "base")
     config = json.loads((base / "model_index.json").read_text())

@@ -145,7 +145,7 @@ def test_a_missing_recipe_and_a_base_without_a_part(run, tiny, tmp_path):
     shutil.rmtree(base / "vae")
     status, _, (line,) = run(f"pretrained_model_name_or_path={base}")
     assert status == 2
-    assert "cannot read the configs" in line
+    assert "vae/config.json' does not exist" in line
 
 
 def test_weights_are_not_read(run, tiny, tmp_path):

@@ -202,6 +202,8 @@ def test_the_hub_is_asked_for_both_names(tmp_path, monkeypatch, folders):
     assert open_adapter("you/adapter", revision="main", token="secret").path == folders["reference"]
     assert asked == {
         "repo_id": "you/adapter",
+        "repo_type": "model",
+        "local_files_only": True,  # no test goes out
         "revision": "main",
         "token": "secret",
         "allow_patterns": ["refalign_config.json", STOCK.file_name, REFERENCE.file_name],

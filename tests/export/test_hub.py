@@ -79,28 +79,28 @@ def test_nothing_is_created_when_saving_fails(hub):
 
 
 REFUSALS = [
-    HfHubHTTPError("403 Forbidden:\nno rights", response=MagicMock()),
-    HFValidationError("Repo id must be in the form"),
-    OfflineModeIsEnabled("Cannot reach the Hub: offline mode is enabled."),
-    HfHubHTTPError.__bases__[0]("[Errno 111] Connection refused"),
+    (HfHubHTTPError("403 Forbidden:\nno rights", response=MagicMock(status_code=403)), "the token has no right to it"),
+    (HFValidationError("Repo id must be in the form"), "a name on the Hub, which is user/name"),
+    (OfflineModeIsEnabled("Cannot reach the Hub: offline mode is enabled."), "switched off by HF_HUB_OFFLINE"),
+    (HfHubHTTPError.__bases__[0]("[Errno 111] Connection refused"), "Connection refused"),
 ]
 
 
-@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda error: type(error).__name__)
-def test_a_refusal_is_one_line(hub, monkeypatch, refusal):
+@pytest.mark.parametrize(("refused", "reason"), REFUSALS, ids=lambda case: type(case).__name__)
+def test_a_refusal_is_one_line(hub, monkeypatch, refused, reason):
     def refuse(*_, **__):
-        raise refusal
+        raise refused
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
-    with pytest.raises(ra.UserError, match="repo_id: cannot push to 'you/adapter' ") as caught:
+    with pytest.raises(ra.UserError, match="repo_id: cannot push to 'you/adapter': ") as caught:
         push_adapter(save, "you/adapter")
     assert "\n" not in str(caught.value)
-    assert " ".join(str(refusal).split())[:20] in str(caught.value)
+    assert reason in str(caught.value)
 
 
 def test_the_real_client_with_nobody_there(monkeypatch):
     api = huggingface_hub.HfApi
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda token: api(endpoint="http://127.0.0.1:9", token=token))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(ra.UserError, match="cannot push to 'you/adapter' .*[Rr]efused"):
+    with pytest.raises(ra.UserError, match="cannot push to 'you/adapter': the Hub cannot be reached"):
         push_adapter(save, "you/adapter", token="x")

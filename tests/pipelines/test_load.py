@@ -275,7 +275,7 @@ def test_a_folder_that_is_not_there(base, source):
 
 
 def test_a_hub_id_without_a_hub_is_one_line(base):
-    with pytest.raises(ra.UserError, match="'some/adapter' is neither a folder nor a Hub repository") as caught:
+    with pytest.raises(ra.UserError, match="^adapter: cannot read 'some/adapter': it is not cached") as caught:
         ra.load_adapter(base, "some/adapter")
     assert "\n" not in str(caught.value)
 

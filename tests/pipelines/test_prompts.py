@@ -145,5 +145,5 @@ def test_no_file_and_nothing_in_it(folder):
     with pytest.raises(ra.UserError, match="has no prompts"):
         read_prompts(write(folder, ""), 8)
     (folder / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ra.UserError, match="not UTF-8 text"):
+    with pytest.raises(ra.UserError, match="UTF-16 text; save it as UTF-8"):
         read_prompts(folder / "binary.jsonl", 8)
