@@ -9,14 +9,9 @@ import torch
 
 from refalign_adapter.errors import UserError
 from refalign_adapter.export.adapter import weights_path
-from refalign_adapter.training.checkpoint import (
-    Progress,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    load_initial_weights,
-    save_checkpoint,
-)
+from refalign_adapter.training.checkpoint import Progress, save_checkpoint
+from refalign_adapter.training.checkpoint_files import find_checkpoint, list_checkpoints
+from refalign_adapter.training.restore import load_checkpoint, load_initial_weights
 from refalign_adapter.training.setup import build_accelerator, build_run
 
 SCOPES = {
@@ -40,7 +35,7 @@ def make_run(make_recipe, tmp_path):
 
 def test_newest_are_kept_and_found_by_number(make_run, tmp_path):
     run = make_run()
-    leftover = tmp_path / ".checkpoint-1.123.tmp"
+    leftover = tmp_path / ".checkpoint-1.4194305.tmp"  # above any process's number
     leftover.mkdir()
     for step in (2, 9, 10, 11):
         save_checkpoint(tmp_path, run.trained, Progress(step=step), {}, limit=2)

@@ -17,7 +17,7 @@ from refalign_adapter.export.adapter import read_weights
 from refalign_adapter.recipes import copy_recipe
 from refalign_adapter.train import main
 from refalign_adapter.training import loop
-from refalign_adapter.training.checkpoint import list_checkpoints
+from refalign_adapter.training.checkpoint_files import list_checkpoints
 from refalign_adapter.training.interrupt import Interrupted
 from refalign_adapter.training.loop import train
 from refalign_adapter.training.recipe_file import field_paths, load_recipe
