@@ -72,16 +72,12 @@ class BadSteps:
         first, last = self.steps[0].step, self.steps[-1].step
         which = f"step {last}" if first == last else f"steps {first} to {last}"
         head = f"training: loss or gradient of {which} is no number"
-        sets = [set(bad.rows) for bad in self.steps]
         in_cache = list(dict.fromkeys(name for bad in self.steps for name in bad.in_cache))
-        always = sorted(set.intersection(*sets))
         go_on = (
             f"set resume_from_checkpoint={'latest' if newest else 'null'} ({newest or 'there is no checkpoint yet'})"
         )
         if in_cache:
             return f"{head}: row {listed(in_cache)} is none in the cache; run refalign cache --verify, then {go_on}"
-        if always and len(self.steps) > 1 and any(rows != sets[0] for rows in sets):
-            return f"{head}, each time with row {listed(always)}; look at it, or take it out of the data, then {go_on}"
         rows = list(dict.fromkeys(name for bad in self.steps for name in bad.rows))
         return f"{head}, with rows {listed(rows)}, which are fine in the cache; lower learning_rate and {go_on}"
 
