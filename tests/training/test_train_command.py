@@ -167,7 +167,7 @@ def test_mistakes_are_told_at_once_and_nothing_is_written(tiny_world, tmp_path, 
         (["adapter.align_layers=4"], r"^align_layers reaches block 3, but the model has 3 blocks"),
         (
             ["resume_from_checkpoint=latest", "output_dir={damaged}"],
-            r"^resume_from_checkpoint: .*checkpoint-3' is damaged",
+            r"^resume_from_checkpoint: no checkpoint in .* is whole: checkpoint-3 \(it lacks training/state.json\)",
         ),
         (["train_batch_size=64"], r"^train_batch_size: a step takes 64 samples"),
         (["data.validation_rows=10"], r"^data.validation_rows must leave rows to train on, got 10 of 10"),
@@ -182,7 +182,7 @@ def test_mistakes_are_told_at_once_and_nothing_is_written(tiny_world, tmp_path, 
 def test_what_does_not_fit_is_one_line(make_recipe, tmp_path, overrides, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "damaged" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "damaged" / "checkpoint-3" / "training").mkdir(parents=True)
     places = {name: tmp_path / name for name in ("file", "folder", "damaged")}
     with pytest.raises(UserError, match=message) as caught:
         train(make_recipe(*[item.format(**places) for item in overrides]))
