@@ -6,6 +6,7 @@ SIGINT (Ctrl-C), SIGTERM (kill, schedulers), SIGHUP (a closed terminal), SIGUSR1
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -121,5 +122,33 @@ def stopping_means(outcome: str) -> Iterator[None]:
 
 def tell(line: str) -> None:
     """Print a line on standard error; nothing when the terminal is gone."""
-    with suppress(OSError, ValueError):
+    with terminal_may_be_gone():
         print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def terminal_may_be_gone() -> Iterator[None]:
+    """What is printed inside the context is lost when the terminal is gone, and so is all that anybody prints later.
+
+    A closed terminal fails every print with an OSError, of libraries too, which would end a run that has lost nothing
+    but its audience.
+    """
+    try:
+        yield
+    except (OSError, ValueError):
+        with suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):
+                if _is_gone(stream):
+                    os.dup2(nowhere, stream)
+            os.close(nowhere)
+
+
+def _is_gone(stream: int) -> bool:
+    """Whether a terminal or pipe has nobody at its other end; files, which may be full, are not meant."""
+    try:
+        waiting = select.poll()
+        waiting.register(stream, select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in waiting.poll(0))
+    except (AttributeError, OSError):  # Windows has no poll
+        return False

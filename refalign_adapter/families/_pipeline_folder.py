@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,28 @@ class PipelineFolder:
         Raises:
             UserError: another one; a base decides numbers, not code.
         """
-        from importlib import import_module
+        library, name = self.index.get(component) or (None, None)
+        self.check_class(component)
+        found = None if name is None else getattr(import_module(library), name)
+        assert found is None or isinstance(found, type)
+        return found
 
+    def check_class(self, component: str) -> None:
+        """See `component_class`; nothing that the class needs is imported.
+
+        Raises:
+            UserError: a class that neither diffusers nor transformers exports.
+        """
         library, name = self.index.get(component) or (None, None)
         if name is None:
-            return None
-        found = getattr(import_module(library), name, None) if library in ("diffusers", "transformers") else None
-        if not isinstance(found, type) or not name.isidentifier() or name.startswith("_"):
+            return
+        exported = dir(import_module(library)) if library in ("diffusers", "transformers") else ()
+        if name not in exported or not name[:1].isupper():
             shown = f"{str(library)[:60]}.{str(name)[:60]}"
             raise UserError(
                 f"{self.field}: {self.name!r} says that its {component} is a {shown}, which diffusers and "
                 "transformers do not export here; upgrade them, or take the base from who made it"
             )
-        return found
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's own configuration.
@@ -143,7 +153,7 @@ def open_pipeline(
     found = PipelineFolder(name, field, path, index)
     for component in index:
         if not component.startswith("_") and isinstance(index[component], list):
-            found.component_class(component)
+            found.check_class(component)
     found.check_weights(weights, variant)
     return found
 

@@ -268,6 +268,10 @@ class Recipe(Section):
         default=None, ge=0, lt=1, description="decay of the adapter's moving average; null = off"
     )
 
+    max_bad_steps: Count = Field(
+        default=3, description="steps in a row that may be skipped because their loss or gradient is no number"
+    )
+
     checkpointing_steps: Count = Field(default=500, description="write a checkpoint every so many steps")
     checkpoints_total_limit: Count | None = Field(
         default=None, description="checkpoints to keep, the newest; null = all"

@@ -1,14 +1,18 @@
-"""Ctrl-C and SIGTERM end training after the step in hand, not in the middle of it."""
+"""Signals end training after the step in hand, not in the middle of it; and processes that fail do so together."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-from typing import Any
 
 from accelerate import Accelerator
+
+from ..errors import UserError
+from ..signals import NUMBERS, install, terminal_may_be_gone
 
 
 class Interrupted(Exception):
@@ -24,8 +28,12 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal_number
 
 
+class FailedElsewhere(UserError):
+    """Another process of the run has failed, and says why."""
+
+
 class SignalWatch:
-    """Inside the context, SIGINT and SIGTERM are noted; Ctrl-C once more, a second later, raises KeyboardInterrupt.
+    """Inside the context, signals are noted; Ctrl-C once more, a second later, raises KeyboardInterrupt.
 
     What comes at once does not: launchers pass a signal on that the terminal has sent to all processes anyway.
 
@@ -37,16 +45,16 @@ class SignalWatch:
         self.received = 0
         self._since = 0.0
         self._process = os.getpid()
-        self._previous: dict[int, Any] = {}
+        self._installed: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> SignalWatch:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._note)
+        self._installed = install(NUMBERS, self._note)
+        self._installed.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        if self._installed is not None:
+            self._installed.__exit__(None, None, None)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:  # a data worker, forked in here: it goes when the training process says so
@@ -55,15 +63,42 @@ class SignalWatch:
         elif not self.received:
             self.received, self._since = number, time.monotonic()
             if os.environ.get("RANK", "0") == "0":
-                os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without a checkpoint of it\n")
+                with terminal_may_be_gone():
+                    os.write(
+                        2, b"\nstopping after this step; Ctrl-C again stops at once, without a checkpoint of it\n"
+                    )
         elif number == signal.SIGINT and time.monotonic() - self._since > 1:
             raise KeyboardInterrupt
 
     def anywhere(self, accelerator: Accelerator) -> int:
         """The signal that any process has received, or 0; the same on all of them, so that they stop together."""
-        if accelerator.num_processes == 1:
-            return self.received
-        import torch
+        return largest(accelerator, self.received)
 
-        flag = torch.tensor([self.received], device=accelerator.device)
-        return int(accelerator.gather(flag).max())  # type: ignore[union-attr]
+
+def largest(accelerator: Accelerator, number: int) -> int:
+    """The largest of the processes' numbers, the same on all of them."""
+    if accelerator.num_processes == 1:
+        return number
+    import torch
+
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())  # type: ignore[union-attr]
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Processes leave the context together: if a user's mistake or a disk stopped one, none goes on to wait for it.
+
+    Raises:
+        UserError: the process's own.
+        FailedElsewhere: another process had one.
+    """
+    own: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        own = error
+    failed = largest(accelerator, int(own is not None))
+    if own is not None:
+        raise own
+    if failed:
+        raise FailedElsewhere("training: stopped, as another process of the run has failed")

@@ -5,48 +5,41 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ..batch import Batch
 from ..data.prefetch import read_ahead
-from ..errors import UserError
-from ..files import atomic_folder, require_writable_folder
-from ..signals import tell
-from .checkpoint import (
+from ..errors import UserError, WriteError
+from ..files import atomic_folder, remove_leftovers, require_writable_folder, writing
+from ..signals import stopping_means, tell
+from .bad_steps import Seen, all_finite, listed, look_into, names_of, not_finite
+from .checkpoint import averaged_weights, save_checkpoint, save_sidecar
+from .checkpoint_files import (
     ADAPTER,
     TRAINING,
-    averaged_weights,
-    checkpoint_step,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    save_sidecar,
+    newest_whole,
 )
 from .config import Recipe
-from .interrupt import Interrupted, SignalWatch
-from .optimizers import build_scheduler
-from .recipe_file import changes, flat_values, save_recipe
+from .interrupt import Interrupted, SignalWatch, largest, together
+from .recipe_file import flat_values, save_recipe
+from .resuming import resume, starting_point
+from .run_lock import only_run
 from .samples import Sampler
 from .setup import Run, build_accelerator, build_run, step_seed
 from .tracking import LossMeter, ProgressBar, RunLog, say
 from .validation import validate
 
-ORDER_FIELDS = {
-    "num_processes",
-    "seed",
-    "train_batch_size",
-    "data.train_data",
-    "data.cache_dir",
-    "data.validation_rows",
-}
-"""What decides in which order samples come."""
+SAMPLES = "samples"
 DATA_WAIT = "train/data_wait"
 """Share of a step's time in which the main process waits for batches, in [0, 1]."""
 
@@ -70,12 +63,27 @@ def train(recipe: Recipe) -> Path:
         The adapter's folder, `output_dir/adapter`.
 
     Raises:
-        UserError: something the recipe names is missing or does not fit, or the loss is no number any more.
-        Interrupted: by Ctrl-C or SIGTERM; what was done is in a checkpoint.
+        UserError: something the recipe names is missing or does not fit, or the loss stays no number.
+        Interrupted: by a signal; what was done is in a checkpoint.
     """
     output_dir = require_writable_folder(recipe.output_dir, "output_dir")
     accelerator = build_accelerator(recipe, output_dir)
-    checkpoint = starting_point(recipe, output_dir)
+    with ExitStack() as held:
+        with together(accelerator):
+            if accelerator.is_main_process:  # the processes of a launch are one run
+                held.enter_context(only_run(output_dir))
+                _remove_leftovers(output_dir)
+        return _train(recipe, accelerator, output_dir)
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    """What killed runs left half-written: checkpoints, the adapter, the log, sample videos."""
+    for folder in (output_dir, *sorted((output_dir / SAMPLES).glob("step-*"))):
+        remove_leftovers(folder)
+
+
+def _train(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> Path:
+    checkpoint = starting_point(recipe, output_dir, partial(say, accelerator))
     set_seed(recipe.seed)
     run = build_run(recipe, accelerator, output_dir)
     if checkpoint is not None:
@@ -83,65 +91,57 @@ def train(recipe: Recipe) -> Path:
     elif recipe.resume_from_checkpoint:
         say(accelerator, f"resume_from_checkpoint: there is none in {str(output_dir)!r} yet, beginning anew")
     sampler = Sampler(run) if recipe.sample_steps else None
-    if accelerator.is_main_process:
-        save_recipe(recipe, output_dir / "recipe.yaml")
-    accelerator.init_trackers("refalign", flat_values(recipe))
-    watchers = _Watchers(
-        RunLog(accelerator, output_dir, run.progress.step),
-        ProgressBar(accelerator, recipe.max_train_steps, run.progress.step),
-        sampler,
-    )
+    with together(accelerator), _kept_told(run):
+        if accelerator.is_main_process:
+            save_recipe(recipe, output_dir / "recipe.yaml")
+        with writing(output_dir / recipe.logging_dir):
+            accelerator.init_trackers("refalign", flat_values(recipe))
+        log = RunLog(accelerator, output_dir, run.progress.step)
+    watchers = _Watchers(log, ProgressBar(accelerator, recipe.max_train_steps, run.progress.step), sampler)
     try:
         _train_all(run, watchers)
         _tell_unreadable(run)
-        return finish(run)
+        folder = finish(run)
     finally:
         watchers.bar.close()
-        watchers.log.close()
-        accelerator.end_training()
-
-
-def starting_point(recipe: Recipe, output_dir: Path) -> Path | None:
-    """The checkpoint to take up, or None.
-
-    Raises:
-        UserError: no such checkpoint, or checkpoints of another run in the way, which would be taken for this one's.
-    """
-    folder = find_checkpoint(output_dir, recipe.resume_from_checkpoint)
-    step = checkpoint_step(folder) if folder is not None else 0
-    later = [path.name for path in list_checkpoints(output_dir) if checkpoint_step(path) > step]
-    if later:
-        raise UserError(
-            f"output_dir: {str(output_dir)!r} holds {later[-1]} of an earlier run; set resume_from_checkpoint=latest "
-            "to go on with it, choose another folder, or delete it"
-        )
+        with stopping_means("see above; whatever was written is whole"):
+            watchers.log.close()
     return folder
 
 
-def resume(run: Run, folder: Path) -> None:
-    """Take up a checkpoint, and tell what has changed since.
+@contextmanager
+def _kept_told(run: Run) -> Iterator[None]:
+    """A line about what cannot be written goes on with what is kept and how to go on.
 
     Raises:
-        UserError: a damaged checkpoint or one that does not fit.
+        WriteError: the one that was raised, with that at its end.
     """
-    run.progress, before = load_checkpoint(folder, run.trained)
-    run.scheduler = build_scheduler(run.recipe, run.trained.optimizer, run.progress.step)
-    say(run.accelerator, f"resumed from {folder} at step {run.progress.step}")
-    if changed := changes(before, run.facts()):
-        listed = ", ".join(f"{name} {old!r} → {new!r}" for name, old, new in changed)
-        say(run.accelerator, f"changed since then: {listed}")
-    if any(name.startswith("alignment.") for name, _, _ in changed):
-        run.trained.schedule = run.recipe.alignment_schedule()
-    if any(name in ORDER_FIELDS for name, _, _ in changed):
-        run.progress.position = 0
-        say(run.accelerator, "so the order of the samples is another one: the pass over the data starts again")
+    try:
+        yield
+    except WriteError as error:
+        newest = _newest(run.output_dir)
+        kept = f"{newest} is whole: then run the same command with resume_from_checkpoint=latest"
+        step = run.progress.step
+        raise WriteError(
+            f"{error}; stopped at step {step}, {kept if newest else 'no checkpoint was written yet'}"
+        ) from error
+
+
+def _newest(output_dir: Path) -> str | None:
+    """The name of the newest checkpoint, or None."""
+    try:
+        folder = newest_whole(output_dir)
+    except (UserError, OSError):
+        return None
+    return folder.name if folder else None
 
 
 def _train_all(run: Run, watchers: _Watchers) -> None:
     meter = LossMeter(run.trained.branch.align_blocks)
     batches = endless_batches(run)
     if run.progress.step == 0:
-        _look(run, watchers, first=True)
+        with together(run.accelerator), _kept_told(run):
+            _look(run, watchers, first=True)
     with SignalWatch() as signals:
         while run.progress.step < run.recipe.max_train_steps:
             before = copy.copy(run.progress)
@@ -149,22 +149,34 @@ def _train_all(run: Run, watchers: _Watchers) -> None:
             if values is None:
                 run.progress = before  # batches whose gradients were not used count as not seen
                 _stop(run, signals)
-            watchers.log.write(run.progress.step, values)
-            watchers.bar.update(run.progress.step, {name: values[name] for name in ("train/loss", "train/flow")})
+            with together(run.accelerator), _kept_told(run):
+                watchers.log.write(run.progress.step, values)
+            shown = {name: values[name] for name in ("train/loss", "train/flow") if name in values}
+            watchers.bar.update(run.progress.step, shown)
             if _is_due(run, run.recipe.checkpointing_steps):
                 _save(run)
             if signals.anywhere(run.accelerator):
                 _stop(run, signals)
-            _look(run, watchers)
+            with together(run.accelerator), _kept_told(run):
+                _look(run, watchers)
+    if run.progress.skipped:
+        say(run.accelerator, f"{run.progress.skipped} steps of this run were skipped, their loss was no number")
 
 
 def optimizer_step(
     run: Run, batches: Iterator[Batch], meter: LossMeter, signals: SignalWatch
 ) -> dict[str, float] | None:
-    """One optimizer step; returns what to log, or None when a signal came before it was done."""
+    """One optimizer step; returns what to log, or None when a signal came before it was done.
+
+    A step whose loss or gradient is no number changes no weight, and no state but the counts.
+
+    Raises:
+        UserError: it is one too many of those.
+    """
     accelerator, recipe, trained = run.accelerator, run.recipe, run.trained
     weight = trained.schedule.weight_at(run.progress.step)
     norm = torch.zeros(())
+    fine, seen = True, []
     started, waited = time.perf_counter(), 0.0
     for _ in range(recipe.gradient_accumulation_steps):
         seed = step_seed(recipe.seed, run.progress.micro_step, accelerator.process_index)
@@ -177,9 +189,12 @@ def optimizer_step(
             batch = batch.to(accelerator.device)
             output = run.model(batch, run.data.empty_text, generator=generator, alignment_weight=weight)
             accelerator.backward(output.loss)
+            seen.append((batch.keys, output.loss.detach()))
             if accelerator.sync_gradients:
                 norm = _clip(run)
-            run.optimizer.step()
+                fine = all_finite(accelerator, seen, norm)
+            if fine:
+                run.optimizer.step()
             run.optimizer.zero_grad()
         meter.add(output, len(batch.keys), weight > 0)
         run.progress.micro_step += 1
@@ -189,15 +204,23 @@ def optimizer_step(
     values = {f"train/{name}": value for name, value in meter.reduce(accelerator).items()}
     values |= {"train/grad_norm": float(norm), "train/alignment_weight": weight, **_rates(run)}
     values[DATA_WAIT] = waited / (time.perf_counter() - started)  # the norm has waited for the device
-    if not math.isfinite(values["train/loss"]) or not math.isfinite(values["train/grad_norm"]):
-        raise UserError(
-            f"training: the loss at step {run.progress.step} is {values['train/loss']} and its gradient's norm "
-            f"{values['train/grad_norm']}; lower learning_rate and resume from the last checkpoint"
-        )
-    run.scheduler.step()
-    if trained.ema is not None:
-        trained.ema.step([parameter for _, parameter in trained.branch.named_parameters()])
-    return values
+    _conclude(run, fine, seen)
+    return {**values, "train/skipped": run.progress.skipped}
+
+
+def _conclude(run: Run, fine: bool, seen: Seen) -> None:
+    """Schedule and average after a step. The schedule is a function of the step, skipped or not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # the first step, skipped
+        run.scheduler.step()
+    if fine:
+        run.bad_steps.clear()
+        if run.trained.ema is not None:
+            run.trained.ema.step([parameter for _, parameter in run.trained.branch.named_parameters()])
+        return
+    run.progress.skipped += 1
+    bad = look_into(run.accelerator, getattr(run.data, "training", None), run.progress.step, seen)
+    say(run.accelerator, run.bad_steps.add(bad, partial(_newest, run.output_dir)))
 
 
 def _clip(run: Run) -> torch.Tensor:
@@ -252,18 +275,34 @@ def _look(run: Run, watchers: _Watchers, first: bool = False) -> None:
                 alignment_weight=recipe.alignment.weight,
             )
         watchers.log.write(step, {f"validation/{name}": value for name, value in values.items()})
-        say(run.accelerator, f"step {step}: validation flow loss {values['flow']:.5f}")
+        say(run.accelerator, f"step {step}: validation flow loss {values['flow']:.5f}{_why_not(run, values['flow'])}")
     if watchers.sampler is not None and not first and _is_due(run, recipe.sample_steps):
         with averaged_weights(run.trained):
-            watchers.sampler.write(run.output_dir / "samples" / f"step-{step}")
-        run.accelerator.wait_for_everyone()
+            watchers.sampler.write(run.output_dir / SAMPLES / f"step-{step}")
+
+
+def _why_not(run: Run, loss: float) -> str:
+    """The rows behind a held-out loss that is no number; nothing when it is one."""
+    dataset = run.data.validation
+    if math.isfinite(loss) or dataset is None:
+        return ""
+    keys = [dataset.keys[row] for group in run.data.groups for row in group]
+    if found := not_finite(dataset, keys):
+        return f", from row {listed(names_of(dataset, found))}, none in the cache itself: run refalign cache --verify"
+    return f", on rows that are fine in the cache ({listed(names_of(dataset, keys))}): lower learning_rate"
 
 
 def _save(run: Run) -> None:
-    if run.accelerator.is_main_process:
-        limit = run.recipe.checkpoints_total_limit
-        save_checkpoint(run.output_dir, run.trained, run.progress, run.facts(), limit)
-    run.accelerator.wait_for_everyone()
+    """Write a checkpoint; all processes leave together.
+
+    Raises:
+        WriteError: it cannot be written; the line says what is kept.
+    """
+    with together(run.accelerator), _kept_told(run):
+        if run.accelerator.is_main_process:
+            limit = run.recipe.checkpoints_total_limit
+            save_checkpoint(run.output_dir, run.trained, run.progress, run.facts(), limit)
+            run.saved = run.progress.step
 
 
 def _stop(run: Run, signals: SignalWatch) -> NoReturn:
@@ -272,7 +311,7 @@ def _stop(run: Run, signals: SignalWatch) -> NoReturn:
     step = run.progress.step
     if step == 0:
         raise Interrupted(number, "stopped before the first step was done; there is nothing to resume")
-    if not (run.output_dir / f"checkpoint-{step}").is_dir():
+    if largest(run.accelerator, int(run.saved or 0)) != step:
         _save(run)
     how = "to go on, run the same command with resume_from_checkpoint=latest"
     raise Interrupted(number, f"stopped at step {step}, checkpoint written; {how}")
@@ -285,15 +324,22 @@ def finish(run: Run) -> Path:
         UserError: the Hub refused.
     """
     folder, recipe, branch = run.output_dir / ADAPTER, run.recipe, run.trained.branch
-    if run.accelerator.is_main_process:
-        with averaged_weights(run.trained):
+    with (
+        stopping_means(
+            "all steps are done; run the same command with resume_from_checkpoint=latest to write the adapter"
+        ),
+        together(run.accelerator),
+        _kept_told(run),
+        averaged_weights(run.trained),
+    ):
+        if run.accelerator.is_main_process:
             branch.save_pretrained(folder)
             with atomic_folder(run.output_dir / TRAINING) as temporary:
                 save_sidecar(temporary, run.trained)
             say(run.accelerator, f"adapter written to {folder}; projectors stay in {run.output_dir / TRAINING}")
-            if recipe.push_to_hub:
-                assert recipe.hub_model_id is not None
-                branch.push_to_hub(recipe.hub_model_id, private=recipe.hub_private)
-                say(run.accelerator, f"uploaded to {recipe.hub_model_id}")
-    run.accelerator.wait_for_everyone()
+    with stopping_means(f"the adapter is in {folder}"), together(run.accelerator), averaged_weights(run.trained):
+        if run.accelerator.is_main_process and recipe.push_to_hub:
+            assert recipe.hub_model_id is not None
+            branch.push_to_hub(recipe.hub_model_id, private=recipe.hub_private)
+            say(run.accelerator, f"uploaded to {recipe.hub_model_id}")
     return folder

@@ -13,8 +13,10 @@ from ..data.images import read_image
 from ..data.options import options_of
 from ..data.sizes import Size
 from ..data.video import write_video
+from ..errors import UserError
 from ..families.base import Family
 from ..pipelines.base import build_pipeline
+from ..signals import tell
 from .config import Recipe, SamplePrompt
 
 if TYPE_CHECKING:
@@ -55,7 +57,11 @@ class Sampler:
 
     @torch.no_grad()
     def write(self, folder: Path) -> None:
-        """Write `NN-prompt.mp4` for every prompt of this process into `folder`."""
+        """Write `NN-prompt.mp4` for every prompt of this process into `folder`; one that is no video is told.
+
+        Raises:
+            WriteError: one cannot be written.
+        """
         if not self.mine:
             return
         module, device = self.run.module, self.run.accelerator.device
@@ -66,7 +72,13 @@ class Sampler:
         try:
             for (number, sample), texts in zip(self.mine, self.texts, strict=True):
                 path = folder / f"{number:02d}-{_slug(sample.prompt)}.mp4"
-                write_video(path, self._generate(sample, texts), self.run.recipe.data.fps or 16)
+                try:
+                    video = self._generate(sample, texts)
+                except UserError as error:  # values that are no numbers: training may still recover, or says so itself
+                    step = self.run.progress.step
+                    tell(f"step {step}: no video of sample {number} ({sample.prompt[:60]!r}): {error}")
+                    continue
+                write_video(path, video, self.run.recipe.data.fps or 16)
         finally:
             self.pipe.vae.to("cpu")
             module.train(training)

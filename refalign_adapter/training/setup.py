@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -17,14 +18,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..alignment.projector import Projectors
 from ..branch.attach import ReferenceBranch, attach
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 from ..families.base import Family
+from .bad_steps import BadSteps
 from .base_model import load_transformer, read_base
-from .checkpoint import Progress, Trained, load_initial_weights
+from .checkpoint import Progress, Trained
 from .config import Recipe
 from .datasource import TrainingData, open_data
 from .offload import offloaded_checkpoint
 from .optimizers import build_optimizer, build_scheduler
+from .restore import load_initial_weights
 from .step import StepOptions, TrainingStep
 from .tracking import say
 
@@ -51,6 +54,8 @@ class Run:
         scheduler: of the learning rates.
         data: training and validation batches.
         progress: how far it is.
+        saved: step of the newest whole checkpoint of its folder, where it knows of one.
+        bad_steps: those in a row whose loss or gradient was no number.
     """
 
     recipe: Recipe
@@ -63,11 +68,16 @@ class Run:
     scheduler: LambdaLR
     data: TrainingData
     progress: Progress = field(default_factory=Progress)
+    saved: int | None = None
+    bad_steps: BadSteps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bad_steps = BadSteps(self.recipe.max_bad_steps)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run itself, as JSON."""
         values = self.recipe.model_dump(exclude={"output_dir", "resume_from_checkpoint"})
-        return {**values, "num_processes": self.accelerator.num_processes}
+        return {**values, "num_processes": self.accelerator.num_processes, "rows": self.data.digest}
 
 
 def step_seed(seed: int, micro_step: int, process: int) -> int:
@@ -164,7 +174,28 @@ def _build_branch(recipe: Recipe, family: Family, accelerator: Accelerator) -> R
     transformer = load_transformer(recipe, family, dtype)
     if recipe.gradient_checkpointing:
         transformer.enable_gradient_checkpointing(offloaded_checkpoint if recipe.offload_activations else None)
-    return attach(transformer, recipe.adapter_config(), seed=recipe.seed)
+    branch = attach(transformer, recipe.adapter_config(), seed=recipe.seed)
+    _check_patterns(recipe, branch)
+    return branch
+
+
+def _check_patterns(recipe: Recipe, branch: ReferenceBranch) -> None:
+    """Refuse patterns that name no layer with LoRA: a typing error, of which PEFT only warns or says nothing."""
+    layers = {name.rpartition(".lora_")[0] for name, _ in branch.named_parameters()}
+    section, problems = recipe.adapter, []
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(section, name):
+            if not any(re.match(rf"(.*\.)?({pattern})$", layer) for layer in layers):  # as PEFT matches them
+                problems.append(f"adapter.{name}: {pattern!r} {_NO_LAYER}")
+    if isinstance(section.target_modules, list):
+        for wanted in section.target_modules:
+            if not any(layer == wanted or layer.endswith(f".{wanted}") for layer in layers):
+                problems.append(f"adapter.target_modules: {wanted!r} {_NO_LAYER}")
+    if problems:
+        raise ConfigError(problems)
+
+
+_NO_LAYER = "matches no layer that gets a LoRA; correct it, or leave it out"
 
 
 def _build_average(recipe: Recipe, parameters: list[nn.Parameter]) -> EMAModel | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +16,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..batch import StepOutput
-from ..files import atomic_file
+from ..files import atomic_file, writing
+from ..signals import tell, terminal_may_be_gone
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -74,39 +77,59 @@ class RunLog:
         accelerator: its trackers are told too.
         output_dir: the run's folder.
         step: rows after this step are dropped, being of a run that is taken up before them.
+
+    Raises:
+        WriteError: the file cannot be written.
     """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, step: int):
         self.accelerator = accelerator
         self.file: IO[str] | None = None
+        self.path = path = output_dir / METRICS_NAME
+        self.trackers = accelerator.logging_dir or output_dir
         if accelerator.is_main_process:
-            path = output_dir / METRICS_NAME
             kept = [row for row in read_metrics(path) if row["step"] <= step] if step else []
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            self.file = path.open("a", encoding="utf-8")
+            with writing(path):
+                self.file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Log scalars of a step."""
-        self.accelerator.log(values, step=step)
+        """Log scalars of a step; those that are no numbers, which JSON has none for, are left out.
+
+        Raises:
+            WriteError: the file or a tracker's cannot be written, or its folder is gone.
+        """
+        told = {name: value for name, value in values.items() if math.isfinite(value)}
+        with writing(self.trackers):
+            self.accelerator.log(told, step=step)
         if self.file is not None:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-            self.file.flush()
+            with writing(self.path):
+                self.path.stat()  # what is written to a file that was deleted would be lost without an error
+                self.file.write(json.dumps({"step": step, **told}) + "\n")
+                self.file.flush()
 
     def close(self) -> None:
-        """Close the file; the trackers are closed by `accelerator.end_training`."""
+        """Close the file and the trackers. What cannot be written has been told, or is of no use any more."""
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):
+                self.file.close()
+        with suppress(OSError):
+            self.accelerator.end_training()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a `metrics.jsonl`; none when there is no such file. A last line cut off by a crash is left out."""
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []:
+    content = Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).is_file() else ""
+    for line in content.splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 
@@ -129,21 +152,24 @@ class ProgressBar:
     def update(self, step: int, values: dict[str, float]) -> None:
         """Show that `step` steps are done."""
         shown = {name.rpartition("/")[2]: f"{value:.4g}" for name, value in values.items()}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(1)
+        with terminal_may_be_gone():
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(1)
         now = time.monotonic()
         if self.shown and not self.terminal and (now - self.last > 30 or step == self.total):
             self.last = now
             left = tqdm.format_interval((now - self.started) / (step - self.first) * (self.total - step))
             losses = " ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {step}/{self.total}  {losses}  {left} left", file=sys.stderr, flush=True)
+            tell(f"step {step}/{self.total}  {losses}  {left} left")
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        self.bar.close()
+        with terminal_may_be_gone():
+            self.bar.close()
 
 
 def say(accelerator: Accelerator, text: str) -> None:
     """Print one line on the main process, above the progress bar."""
     if accelerator.is_main_process:
-        tqdm.write(text, file=sys.stderr)
+        with terminal_may_be_gone():
+            tqdm.write(text, file=sys.stderr)

@@ -9,14 +9,9 @@ import torch
 from tiny_adapter import weights_of
 
 from refalign_adapter.errors import UserError
-from refalign_adapter.training.checkpoint import (
-    Progress,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    load_initial_weights,
-    save_checkpoint,
-)
+from refalign_adapter.training.checkpoint import Progress, save_checkpoint
+from refalign_adapter.training.checkpoint_files import find_checkpoint, list_checkpoints
+from refalign_adapter.training.restore import load_checkpoint, load_initial_weights
 from refalign_adapter.training.setup import build_accelerator, build_run
 
 SCOPES = {
@@ -40,7 +35,7 @@ def make_run(make_recipe, tmp_path):
 
 def test_newest_are_kept_and_found_by_number(make_run, tmp_path):
     run = make_run()
-    leftover = tmp_path / ".checkpoint-1.123.tmp"
+    leftover = tmp_path / ".checkpoint-1.4194305.tmp"  # above any process's number
     leftover.mkdir()
     for step in (2, 9, 10, 11):
         save_checkpoint(tmp_path, run.trained, Progress(step=step), {}, limit=2)
@@ -150,13 +145,13 @@ def test_a_state_without_a_field_is_damaged(make_run, tmp_path):
     state = json.loads((folder / "training" / "state.json").read_text())
     del state["position"]
     (folder / "training" / "state.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match=r"is damaged \('position'\)"):
+    with pytest.raises(UserError, match=r"is damaged \(state.json: position: field required\)"):
         load_checkpoint(folder, run.trained)
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(make_run, tmp_path):
     folder = save_checkpoint(tmp_path, make_run().trained, Progress(1, 2, 0, 2), {})
-    with pytest.raises(UserError, match=r"the LoRA in .* is \(4, 48\), here \(8, 48\); use the adapter section"):
+    with pytest.raises(UserError, match=r"has r 4, this recipe 8; use the adapter section"):
         load_checkpoint(folder, make_run("adapter.r=8").trained)
     with pytest.raises(UserError, match=r"the projectors in .*: heads.0:.* is \(24, 48\), here not known"):
         load_checkpoint(folder, make_run("adapter.align_layers=[1]").trained)

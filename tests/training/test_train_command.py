@@ -17,7 +17,7 @@ from refalign_adapter.export.folder import open_adapter
 from refalign_adapter.recipes import copy_recipe
 from refalign_adapter.train import main
 from refalign_adapter.training import loop
-from refalign_adapter.training.checkpoint import list_checkpoints
+from refalign_adapter.training.checkpoint_files import list_checkpoints
 from refalign_adapter.training.interrupt import Interrupted
 from refalign_adapter.training.loop import train
 from refalign_adapter.training.recipe_file import field_paths, load_recipe
@@ -170,12 +170,12 @@ def test_mistakes_are_told_at_once_and_nothing_is_written(tiny_world, tmp_path, 
         (["adapter.align_layers=4"], r"^align_layers reaches block 3, but the model has 3 blocks"),
         (
             ["resume_from_checkpoint=latest", "output_dir={damaged}"],
-            r"^resume_from_checkpoint: .*checkpoint-3' is damaged",
+            r"^resume_from_checkpoint: no checkpoint in .* is whole: checkpoint-3 \(it lacks training/state.json\)",
         ),
         (["train_batch_size=64"], r"^train_batch_size: a step takes 64 samples"),
         (["data.validation_rows=10"], r"^data.validation_rows must leave rows to train on, got 10 of 10"),
         (["resume_from_checkpoint={folder}"], r"^resume_from_checkpoint: .* is no checkpoint"),
-        (["init_adapter={folder}"], r"^adapter: .* is no adapter folder"),
+        (["init_adapter={folder}"], r"^init_adapter: .* is no adapter folder"),
         (
             ["sample_steps=1", "sample_prompts=[{{prompt: a}}]", "sample.height=50"],
             r"^height must be a multiple of 16",
@@ -185,7 +185,7 @@ def test_mistakes_are_told_at_once_and_nothing_is_written(tiny_world, tmp_path, 
 def test_what_does_not_fit_is_one_line(make_recipe, tmp_path, overrides, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "damaged" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "damaged" / "checkpoint-3" / "training").mkdir(parents=True)
     places = {name: tmp_path / name for name in ("file", "folder", "damaged")}
     with pytest.raises(UserError, match=message) as caught:
         train(make_recipe(*[item.format(**places) for item in overrides]))
