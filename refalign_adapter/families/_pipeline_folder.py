@@ -49,7 +49,7 @@ class PipelineFolder:
         """
         library, name = self.index.get(component) or (None, None)
         self.check_class(component)
-        found = None if name is None else getattr(import_module(library), name)
+        found = None if name is None else getattr(import_module(str(library)), name)
         assert found is None or isinstance(found, type)
         return found
 

@@ -268,9 +268,10 @@ def test_no_alignment_needs_no_projectors(make_recipe, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(make_recipe, tmp_path):
+    recipe = make_recipe("optimizer=sgd", "max_grad_norm=null", "checkpointing_steps=9")
+    recipe = recipe.model_copy(update={"learning_rate": 1e30})  # beyond what a recipe may say
     with pytest.raises(UserError, match=r"^training: loss or gradient of steps 2 to 4 .*lower learning_rate"):
-        recipe = make_recipe("optimizer=sgd", "max_grad_norm=null", "checkpointing_steps=9")
-        train(recipe.model_copy(update={"learning_rate": 1e30}))  # beyond what a recipe may say
+        train(recipe)
 
 
 def test_bf16_trains_float32_weights_on_a_bf16_base(make_recipe, tmp_path):
