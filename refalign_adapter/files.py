@@ -99,7 +99,7 @@ def atomic_file(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         WriteError: it cannot be written. An older file is as it was.
     """
     target = Path(path)
-    temporary = _temporary(target, "tmp")
+    temporary = temporary_path(target, "tmp")
     try:
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{str(path)!r} is a file; choose a folder")
-    temporary = _temporary(target, "tmp")
+    temporary = temporary_path(target, "tmp")
     try:
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,8 @@ def _is_dead(path: Path, found: re.Match[str]) -> bool:
     return int(found["process"]) == 0
 
 
-def _temporary(target: Path, kind: str) -> Path:
+def temporary_path(target: Path, kind: str) -> Path:
+    """A hidden name beside `target` by which the next run knows whose it is; `kind` is tmp or old."""
     return target.with_name(f".{target.stem}.{HOST}.{os.getpid()}.{kind}{target.suffix}")
 
 
@@ -237,7 +238,7 @@ def _swap(new: Path, target: Path) -> None:
     """Put `new` in the place of `target`; the old version is at `new`'s place then, or gone."""
     if exchange(new, target):
         return
-    previous = _temporary(target, "old")
+    previous = temporary_path(target, "old")
     os.replace(target, previous)
     try:
         os.replace(new, target)

@@ -70,7 +70,8 @@ def copy_recipe(name: str, output: str | Path = ".") -> Path:
     for file in sorted(set(_ACCELERATE_FILE.findall(text))):
         beside = target.parent / file
         if not beside.exists():
-            shutil.copyfile(recipes_folder() / "accelerate" / file, beside)
+            with atomic_file(beside) as temporary:
+                shutil.copyfile(recipes_folder() / "accelerate" / file, temporary)
         text = text.replace(f"{CHECKOUT}/accelerate/{file}", beside.as_posix())
     with atomic_file(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

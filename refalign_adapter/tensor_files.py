@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .files import temporary_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +33,17 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     """
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
-    if metadata and len(metadata) > 1:
-        _sort_metadata(Path(path))
+    # The library writes to a file of a name of its own first: in a folder that the next run knows for a dead one's.
+    path = Path(path)
+    beside = temporary_path(path, "tmp")
+    beside.mkdir()
+    try:
+        save_file(dict(tensors), beside / path.name, metadata=dict(metadata) if metadata else None)
+        if metadata and len(metadata) > 1:
+            _sort_metadata(beside / path.name)
+        os.replace(beside / path.name, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _sort_metadata(path: Path) -> None:

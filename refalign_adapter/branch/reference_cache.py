@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import atomic_file
+from ..json_files import parse_json
+from ..tensor_files import save_tensors
 
 FORMAT = "refalign_reference_cache"
 _FIELDS = ("frames", "adapter", "adapter_name")
@@ -95,8 +97,6 @@ class ReferenceCache:
         Raises:
             UserError: a name that does not end in .safetensors.
         """
-        from safetensors.torch import save_file
-
         path = Path(path)
         if path.suffix != ".safetensors":
             raise UserError(f"path must end in .safetensors, got {str(path)!r}")
@@ -107,7 +107,7 @@ class ReferenceCache:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         facts = {name: getattr(self, name) for name in _FIELDS}
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt", FORMAT: json.dumps(facts)})
+            save_tensors(temporary, tensors, {"format": "pt", FORMAT: json.dumps(facts)})
         return path
 
     @classmethod
@@ -121,7 +121,7 @@ class ReferenceCache:
 
         try:
             with safe_open(path, "pt", device=str(device)) as file:
-                facts: dict[str, Any] = json.loads((file.metadata() or {})[FORMAT])
+                facts = _checked(parse_json((file.metadata() or {})[FORMAT]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
             blocks = (len(tensors) - ("mask" in tensors)) // 2
             keys, values = (
@@ -133,3 +133,16 @@ class ReferenceCache:
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"path: {str(path)!r} holds no cached references ({reason})") from None
+
+
+def _checked(facts: Any) -> dict[str, Any]:
+    """What a file says of its keys and values, by type and range.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if not isinstance(facts, dict) or not isinstance(facts.get("frames"), int) or not 0 < facts["frames"] < 10**6:
+        raise ValueError("no number of frames")
+    if not all(isinstance(value, str | int | None) for value in facts.values()):
+        raise ValueError("other facts than it was written with")
+    return facts

@@ -72,6 +72,7 @@ def end_at_random(command, output, numbers, seed):
     assert names == [".refalign_generate.json", *(f"v{index}.mp4" for index in range(VIDEOS))]
 
 
+@pytest.mark.slow
 def test_killed_and_asked_to_stop(command, tmp_path):
     end_at_random(command, tmp_path / "out", [signal.SIGKILL, signal.SIGUSR1], int(time.time()))
 
