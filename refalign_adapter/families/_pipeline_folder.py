@@ -62,8 +62,10 @@ class PipelineFolder:
         library, name = self.index.get(component) or (None, None)
         if name is None:
             return
-        exported = dir(import_module(library)) if library in ("diffusers", "transformers") else ()
-        if name not in exported or not name[:1].isupper():
+        module = import_module(library) if library in ("diffusers", "transformers") else None
+        # What is not listed, such as older names of tokenizers, is imported to see whether it is there.
+        exported = name in getattr(module, "__all__", ()) or isinstance(getattr(module, str(name), None), type)
+        if not exported or not str(name)[:1].isupper():
             shown = f"{str(library)[:60]}.{str(name)[:60]}"
             raise UserError(
                 f"{self.field}: {self.name!r} says that its {component} is a {shown}, which diffusers and "

@@ -76,7 +76,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half(tmp_path, writer, before):
         with pytest.raises(WriteError) as told:
             write(disk)
         line = str(told.value)
-        assert str(disk / name.partition("/")[0]) in line
+        assert str(disk) in line
         assert "(No space left on device); free some space" in line
         assert len(line.splitlines()) == 1
         assert everything(disk) == old
