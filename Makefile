@@ -4,6 +4,7 @@ VENV ?= .venv
 OUTPUT ?= demo_output
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= auto
 TORCH_INDEX ?=
 
 # A name on the PATH is no proof (version managers leave shims that fail), so each candidate has to run.
@@ -24,13 +25,14 @@ help: ## list the targets and the variables
 	@echo '  OUTPUT=demo_output        where the demo writes'
 	@echo '  PYTHON=python3.12         the Python (>= 3.11) that .venv is made with'
 	@echo '  PYTEST_ARGS="-k flow"     more arguments for pytest'
+	@echo '  PYTEST_WORKERS=0          processes that run the tests of `make test`; one per core by default'
 	@echo '  TORCH_INDEX=https://download.pytorch.org/whl/cpu   take torch from there (the CPU build)'
 
 demo: $(VENV)/.installed-demo ## train, export and use an adapter on a small world
 	$(VENV)/bin/refalign demo --output $(OUTPUT)
 
 test: $(VENV)/.installed-dev ## run the tests, without the slow ones and those that need a GPU
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu" -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev ## run every test this machine can run
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

@@ -275,6 +275,13 @@ def new_caption(data: Path, rows: Rows) -> None:
     rows.append({**rows[0], "caption": "something else is said here"})
 
 
+def mask_by_alpha(data, rows):
+    mask = Image.open(data / "masks/0_0.png")
+    white = Image.new("RGB", mask.size, "white")
+    white.putalpha(mask.convert("L"))
+    white.save(data / "masks/0_0.png")
+
+
 NOTES: dict[str, tuple[Change, list[tuple[str, str]]]] = {
     "two names": (
         other_name,
@@ -327,6 +334,7 @@ NOTES: dict[str, tuple[Change, list[tuple[str, str]]]] = {
     "slow": (clip(fps=4), [("low_fps", "file_name: 4 frames a second, data.fps is 8")]),
     "still": (frozen, [("frozen_clip", "file_name: all 5 frames are the same")]),
     "nearly still": (nearly_still, []),
+    "a mask in the alpha channel": (mask_by_alpha, [("alpha_mask", "references.0: mask 'data/masks/0_0.png'")]),
     "two words": (row(caption="thing moves"), [("short_caption", "caption: 'thing moves'")]),
     "no spaces": (row(caption="一只狗在海滩上奔跑"), []),
     "shared caption": (
@@ -361,7 +369,7 @@ def test_a_white_ground_needs_no_mask_where_nothing_is_augmented(changed):
 
 def test_every_kind_is_tested():
     found = {kind for _, kind, _ in PROBLEMS.values()} | {kind for _, notes in NOTES.values() for kind, _ in notes}
-    assert found | {"leak"} == set(KINDS)
+    assert found | {"leak", "outside", "long_caption"} == set(KINDS)  # those two: tests/hostile/test_rows_hostile.py
 
 
 def test_all_problems_at_once_in_worker_processes(changed, data):
