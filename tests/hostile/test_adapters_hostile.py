@@ -319,7 +319,7 @@ def test_names_that_cannot_be_told_from_the_bases_are_refused(pipe, whole, name)
 
 
 def test_training_reads_an_adapter_as_strictly(folder):
-    from refalign_adapter.training.checkpoint import load_initial_weights
+    from refalign_adapter.training.restore import load_initial_weights
 
     set_lora(folder, use_dora=True)
     branch = ra.attach(tiny_pipeline().transformer, ra.RefAlignConfig(r=4, lora_alpha=8, align_layers=1))
