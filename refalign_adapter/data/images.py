@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,8 +48,11 @@ def read_image(path: str | Path, field: str = "image", *, whole: bool = False) -
         if not whole and image.format == "JPEG":
             image.draft(None, (ENOUGH, ENOUGH))
         image.load()
-        if not whole and (factor := min(image.size) and max(image.size) // ENOUGH) > 1 and "A" not in image.mode:
-            image = _eight_bits(image, path, field).reduce(factor)
+        see_through = image.mode in ALPHA or "transparency" in image.info
+        if not whole and (factor := max(image.size) // ENOUGH) > 1 and not see_through:
+            image = _eight_bits(image, path, field)
+            # Numbers of a palette have no mean.
+            image = (image.convert("RGB") if image.mode in ("1", "P") else image).reduce(factor)
         return to_rgb(image, path, field)
 
 
@@ -99,8 +103,8 @@ def read_mask_file(path: str | Path, field: str = "mask") -> MaskReading:
     with _opened(path, field) as image:
         image.load()
         image = ImageOps.exif_transpose(image)
-    alpha = _alpha(image)
-    values = _grey(image, path, field)
+        alpha = _alpha(image)
+        values = _grey(image, path, field)
     if alpha is not None and alpha.min() < alpha.max():
         shown = values[alpha > alpha.max() / 2]
         levels = np.unique(shown)
@@ -141,7 +145,7 @@ def _grey(image: Image.Image, path: object, field: str) -> np.ndarray:
         return np.asarray(image)
     if image.mode == "F":
         raise _floats(path, field)
-    return np.asarray((image.convert("RGB") if image.mode in ALPHA else image).convert("L"))
+    return np.asarray((image.convert("RGB") if image.mode in (*ALPHA, "LAB") else image).convert("L"))
 
 
 def _eight_bits(image: Image.Image, path: object, field: str) -> Image.Image:
@@ -151,12 +155,15 @@ def _eight_bits(image: Image.Image, path: object, field: str) -> Image.Image:
     if not image.mode.startswith("I"):
         return image
     _check_range(image, path, field)
-    return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    eight = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    eight.info = {name: value for name, value in image.info.items() if name == "exif"}
+    return eight
 
 
 def _check_range(image: Image.Image, path: object, field: str) -> None:
-    least, most = image.getextrema()
-    if not (0 <= least <= most <= 65_535):  # type: ignore[operator]
+    values = np.asarray(image)
+    least, most = int(values.min()), int(values.max())
+    if not 0 <= least <= most <= 65_535:
         raise UserError(
             f"{field}: {str(path)!r} has values from {least} to {most}, beyond 16 bits; save it with 8 or 16 bits each"
         )
@@ -173,7 +180,10 @@ def _opened(path: str | Path, field: str) -> Iterator[Image.Image]:
     """The image, its pixels not decoded yet; what goes wrong while it is open is a UserError."""
     try:
         _check_regular(path)
-        with Image.open(path, formats=_known_formats()) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS says it in one line
+            opened = Image.open(path, formats=_known_formats())
+        with opened as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise UserError(

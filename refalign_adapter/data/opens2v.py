@@ -5,11 +5,14 @@ Real records lack some of the keys that the published description has, so nothin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
+from .masks import check_mask
 from .readers.base import find_clip
 from .rows import Reference, RunLengthMask
 from .selection import Candidate
@@ -89,11 +92,13 @@ def read_clip(record: Any, folders: list[Path]) -> Clip:
         raise Unusable("have no video here")
     frame = _mapping(annotation, "ann_frame_data")
     number = frame.get("ann_frame_idx")
-    if type(number) is not int:
+    if type(number) is not int or number < 0:
         raise Unusable("have no annotated frame")
     crop = _whole_numbers(metadata.get("crop"), 4)
     segment = _whole_numbers(metadata.get("face_cut") or metadata.get("cut"), 2)
-    tags = record.get("word_tags") or {}
+    if segment and not 0 <= segment[0] < segment[1]:
+        raise Unusable("have a cut that holds no frame")
+    background = _some(record.get("word_tags")).get("background")
     return Clip(
         path=path,
         file_name=name,
@@ -102,26 +107,48 @@ def read_clip(record: Any, folders: list[Path]) -> Clip:
         crop=(crop[0], crop[2], crop[1], crop[3]) if crop else None,  # x0, x1, y0, y1 in the record
         frame=number,
         subjects=_subjects(annotation, frame, number),
-        background=[tag for tag in tags.get("background") or [] if isinstance(tag, str)],
+        background=[tag for tag in background if isinstance(tag, str)] if isinstance(background, list) else [],
     )
 
 
 def _subjects(annotation: Mapping[str, Any], frame: Mapping[str, Any], number: int) -> list[Subject]:
-    masks = (annotation.get("mask_annotation") or {}).get(str(number)) or {}
-    names = annotation.get("mask_map") or {}
-    scores = frame.get("annotations") or []
+    masks = _some(_some(annotation.get("mask_annotation")).get(str(number)))
+    names, listed = _some(annotation.get("mask_map")), frame.get("annotations")
+    # Mask i belongs to annotation i - 1.
+    scores = {str(place): _some(score) for place, score in enumerate(listed if isinstance(listed, list) else [], 1)}
     found = []
     for key, mask in masks.items():
-        # Mask i belongs to annotation i - 1.
-        score = scores[int(key) - 1] if key.isdigit() and 0 < int(key) <= len(scores) else {}
-        name = (names.get(key) or {}).get("class_name") or score.get("class_name") or ""
-        size = _whole_numbers(mask.get("size"), 2)
-        if size and isinstance(mask.get("counts"), str):
-            code = RunLengthMask(size[0], size[1], mask["counts"])
-            found.append(Subject(key, Candidate(name, code, score.get("aes_score"), score.get("gme_score"))))
+        if code := _mask(_some(mask)):
+            score = scores.get(key, {})
+            name = _some(names.get(key)).get("class_name") or score.get("class_name")
+            scored = _number(score.get("aes_score")), _number(score.get("gme_score"))
+            found.append(Subject(key, Candidate(name if isinstance(name, str) else "", code, *scored)))
     if not found:
         raise Unusable("have no masks")
     return found
+
+
+def _mask(value: Mapping[str, Any]) -> RunLengthMask | None:
+    """A record's mask, None where it is none that can be decoded."""
+    size, counts = _whole_numbers(value.get("size"), 2), value.get("counts")
+    if not size or not isinstance(counts, str):
+        return None
+    mask = RunLengthMask(size[0], size[1], counts)
+    try:
+        check_mask(mask)
+    except UserError:
+        return None
+    return mask
+
+
+def _some(value: Any) -> Mapping[str, Any]:
+    """What records may lack: a mapping, empty where there is none."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(value: Any) -> float | None:
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if known and -math.inf < value < math.inf else None
 
 
 def _mapping(value: Any, key: str) -> Mapping[str, Any]:
@@ -132,6 +159,6 @@ def _mapping(value: Any, key: str) -> Mapping[str, Any]:
 
 
 def _whole_numbers(value: Any, count: int) -> list[int] | None:
-    if isinstance(value, list) and len(value) == count and all(isinstance(item, int | float) for item in value):
-        return [int(item) for item in value]
-    return None
+    if not isinstance(value, list) or len(value) != count or any(_number(item) is None for item in value):
+        return None
+    return [int(item) for item in value]

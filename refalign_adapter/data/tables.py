@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import UserError, shorten
 from ..hub import fetch
 from ..json_files import parse_json, read_bytes
+from .nesting import ShallowJSON
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 TEXTS = (".csv", ".tsv")
@@ -170,13 +171,16 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
             f"cannot read {str(path)!r}: ijson is not installed; pip install 'refalign-adapter[train]'"
         ) from None
     try:
+        _check_regular(path)
         with path.open("rb") as file:
             if file.read(64).lstrip()[:1] != b"{":
                 raise UserError(f"path: {str(path)!r} must be a JSON object that maps names to records")
             file.seek(0)
-            yield from ijson.kvitems(file, "", use_float=True)
+            yield from ijson.kvitems(ShallowJSON(file), "", use_float=True)
     except FileNotFoundError:
         raise UserError(f"path: {str(path)!r} does not exist") from None
-    except (OSError, ijson.JSONError) as error:
+    except (OSError, ValueError, ijson.JSONError) as error:
+        if isinstance(error, UserError):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"path: {str(path)!r} is not readable JSON ({reason})") from None

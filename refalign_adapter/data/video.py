@@ -5,6 +5,7 @@ Shape letters: F frames, H and W height and width in pixels.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -26,9 +27,16 @@ from .sizes import CLOCK_TOLERANCE, VideoFacts
 
 HDR = {16: "PQ", 18: "HLG"}
 """Transfer characteristics of ITU-T H.273."""
-MAX_PIXELS = 16_384 * 16_384
+CONTAINERS = (
+    *("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc", "obu", "ivf", "ogg", "flv"),
+    *("asf", "mxf", "nut", "dv", "yuv4mpegpipe", "gif", "apng"),
+)
+"""What is opened, by FFmpeg's names; it knows more, lists of other files and text among them."""
+MAX_PIXELS = 8_192 * 8_192
 MAX_FRAMES, MAX_RATE = 10_000_000, 1_000.0
 """What a header may say; beyond, it is taken to say nothing."""
+GAP_SECONDS, GAP_FRAMES = 1.0, 10
+"""Of time stamps that jump by more than both, pictures are missing; cameras and screen recorders skip fewer."""
 
 Crop = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels of the frames as they are shown."""
@@ -75,7 +83,7 @@ def read_video(
         pixel_aspect = float(stream.sample_aspect_ratio or 1)
         decoded = islice(_decoded(container, stream, path), *(segment or (0, None)))
         colours = VideoReformatter()
-        for frame in _sample(decoded, num_frames, fps, rate):
+        for frame in _sample(_without_gaps(decoded, rate, path), num_frames, fps, rate):
             if frame is not previous:
                 image, aspect = _upright(frame, pixel_aspect, colours)
                 array = np.asarray(cover(_cropped(image, crop, path), height, width, aspect))
@@ -148,19 +156,31 @@ def _opened(path: str | Path) -> Iterator[tuple[InputContainer, av.VideoStream]]
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise ValueError("a pipe or device, not a file")
-        with av.open(str(path)) as container:
+        with _container(path) as container:
             if not container.streams.video:
                 raise UserError(f"video: {str(path)!r} has no video stream")
             stream = container.streams.video[0]
             if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
                 size = f"{stream.codec_context.width}x{stream.codec_context.height}"
                 raise UserError(f"video: {str(path)!r} says it has {size} pixels, more than {MAX_PIXELS:,}")
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # frames can be larger than the header says
             stream.thread_type = "AUTO"
             yield container, stream
     except (OSError, av.FFmpegError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"video: cannot read {str(path)!r} ({_reason(error)})") from None
+
+
+def _container(path: str | Path) -> InputContainer:
+    try:
+        return av.open(str(path), container_options={"format_whitelist": ",".join(CONTAINERS)})
+    except av.FFmpegError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise UserError(
+            f"video: {str(path)!r} is no clip that is read; make it an MP4: ffmpeg -i IN OUT.mp4"
+        ) from None
 
 
 def _rate(stream: av.VideoStream) -> float:
@@ -257,6 +277,24 @@ def _decoded(container: InputContainer, stream: av.VideoStream, path: str | Path
     """The video's frames, each looked at."""
     for frame in container.decode(stream):
         _check_frame(frame, path)
+        yield frame
+
+
+def _without_gaps(frames: Iterable[av.VideoFrame], rate: float, path: str | Path) -> Iterator[av.VideoFrame]:
+    """The frames, as long as their time stamps go on.
+
+    Raises:
+        UserError: they jump, so that one picture would stand in for those that are missing.
+    """
+    last: float | None = None
+    for frame in frames:
+        now = frame.time
+        if now is not None and last is not None and abs(now - last) > max(GAP_SECONDS, GAP_FRAMES / (rate or 1)):
+            raise UserError(
+                f"video: {str(path)!r} jumps from {last:.2f} to {now:.2f} seconds; cut it there, or write its frames "
+                "anew at one rate: ffmpeg -i IN -vf setpts=N/FRAME_RATE/TB OUT"
+            )
+        last = now
         yield frame
 
 

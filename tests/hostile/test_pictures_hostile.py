@@ -211,11 +211,65 @@ def test_a_picture_costs_memory_by_what_is_used_of_it(tmp_path):
         Image.new("L", size, 200).save(tmp_path / name)
         assert (tmp_path / name).stat().st_size < 200_000
         command = [sys.executable, "-c", PEAK, str(tmp_path / name)]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        assert done.stderr == ""
+        lines = done.stdout.splitlines()
         megabytes, seconds = map(float, lines[-1].split())
         assert megabytes < 1000, name
         assert seconds < 15
         assert ("more than 100,000,000; scale it down" in lines[0]) == (np.prod(size) > MAX_PIXELS)
+
+
+def large(mode):
+    """9000x60 in stripes of black and white, so that a mean of two is grey."""
+    stripes = np.where(np.mgrid[0:60, 0:9000][1] % 2, 255, 0).astype(np.uint8)
+    if mode == "P":
+        image = Image.fromarray(stripes // 255)
+        image.putpalette([255, 255, 255, 0, 0, 0, 255, 0, 0])
+        return image
+    return (
+        Image.fromarray(stripes.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(stripes).convert(mode)
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "L", "RGB", "I;16"])
+def test_large_pictures_of_any_kind_are_made_smaller_and_stay_upright(tmp_path, mode):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    large(mode).save(tmp_path / "a.png", exif=turned)
+    image = read_image(tmp_path / "a.png")
+    assert image.size == (30, 4500)
+    assert all(abs(value - 128) <= 1 for value in image.getpixel((10, 2000)))
+    assert read_image(tmp_path / "a.png", whole=True).size == (60, 9000)
+
+
+def test_grey_of_16_bits_may_have_its_high_byte_first(tmp_path):
+    entries = [
+        (256, 3, 4),
+        (257, 3, 4),
+        (258, 3, 16),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 110),
+        (278, 3, 4),
+        (279, 4, 32),
+    ]
+    head = b"MM\0*" + struct.pack(">IH", 8, len(entries))
+    for tag, kind, value in entries:
+        head += struct.pack(">HHI", tag, kind, 1) + (
+            struct.pack(">HH", value, 0) if kind == 3 else struct.pack(">I", value)
+        )
+    (tmp_path / "a.tif").write_bytes(head + bytes(4) + struct.pack(">16H", *[0x7530] * 16))
+    assert read_image(tmp_path / "a.tif").getpixel((1, 1)) == (117, 117, 117)
+    assert read_mask(tmp_path / "a.tif").all()
+
+
+def test_lab_colours_are_read_alike_as_picture_and_mask(tmp_path):
+    image = Image.new("LAB", (8, 8), (255, 128, 128))
+    image.paste((0, 128, 128), (0, 0, 4, 8))
+    image.save(tmp_path / "a.tif")
+    assert [read_image(tmp_path / "a.tif").getpixel((x, 0))[0] > 200 for x in (1, 6)] == [False, True]
+    assert read_mask(tmp_path / "a.tif")[0].tolist() == [False] * 4 + [True] * 4
 
 
 TURNS = {

@@ -46,7 +46,11 @@ class CrossReader(Reader):
 
     def read(self, source: Source, *, max_references: int | None = None) -> Reading:
         pairs, clusters, *parts = self.tables(source)
-        members = {name: set(keys) for name, keys in read_records(clusters)}
+        members = {
+            name: {key for key in keys if isinstance(key, str)}
+            for name, keys in read_records(clusters)
+            if isinstance(keys, list)
+        }
         reading, found = Reading(), _Pairs(source.options)
         for cluster, listed in read_records(pairs):
             for pair in listed if isinstance(listed, list) else []:
@@ -101,7 +105,7 @@ class _Pairs:
         try:
             ends = [(str(pair[f"{end}_id"]), str(pair[f"{end}_class_id"])) for end in ("cur", "aft")]
             text, image = float(pair["text_similarity"]), float(pair["image_similarity"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             self.left_out["pairs lack a key"] += 1
             return
         (one, one_mask), (other, other_mask) = ends
@@ -109,7 +113,7 @@ class _Pairs:
             self.left_out["pairs are one clip in two parts"] += 1
         elif not {one, other} <= members:
             self.left_out["pairs are not of their cluster"] += 1
-        elif text < self.options["min_text"] or image <= self.options["min_image"]:
+        elif not (text >= self.options["min_text"] and image > self.options["min_image"]):  # NaN is not alike
             self.left_out["pairs are not alike enough"] += 1
         else:
             self._of(one, one_mask).append(_Match(other, other_mask, image))

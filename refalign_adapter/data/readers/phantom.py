@@ -55,6 +55,9 @@ class PhantomReader(Reader):
         absent: list[str] = []
         most = min(source.options["max_subjects"], max_references or source.options["max_subjects"])
         for number, record in read_table(pairs, source.max_rows):
+            if not isinstance(record, Mapping):
+                reading.add(None, [f"row {number}: {record}"])
+                continue
             target = _target(record, pairs)
             clip = find_clip(folder, [f"{target}{suffix}" for suffix in SUFFIXES])
             caption = record.get("video_caption")
@@ -79,7 +82,7 @@ def _why_absent(absent: list[str], clips: list[Path]) -> Counter[str]:
     of."""
     wanted = set(absent)
     tables = clips if wanted else []
-    listed = {vid for table in tables for _, row in read_table(table) if (vid := str(row.get("vid"))) in wanted}
+    listed = {vid for table in tables for _, row in read_table(table) if (vid := str(_some(row).get("vid"))) in wanted}
     known = listed if clips else wanted
     return Counter("have no video here" if name in known else "are not in the table of clips" for name in absent)
 
@@ -113,11 +116,19 @@ def _mapping(value: Any, table: Path, place: str) -> Mapping[str, Any]:
             value = parse_json(value)
         except ValueError:
             raise UserError(f"{str(table)!r}: {place} is not JSON, got {value[:60]!r}") from None
-    if isinstance(value, list) and all(isinstance(item, list | tuple) and len(item) == 2 for item in value):
+    if isinstance(value, list) and all(_is_pair(item) for item in value):
         value = dict(value)
     if not isinstance(value, Mapping):
         raise UserError(f"{str(table)!r}: {place} must be a mapping, found {_found(value)}")
     return {key: item for key, item in value.items() if item is not None}
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], str)
+
+
+def _some(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _flat(items: Any) -> Iterator[Any]:
@@ -159,7 +170,7 @@ def _box(item: Mapping[str, Any]) -> Box | None:
 def _number(value: Any) -> float | None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
