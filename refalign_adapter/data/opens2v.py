@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from .masks import check_mask
+from .masks import is_well_formed
 from .readers.base import find_clip
 from .rows import Reference, RunLengthMask
 from .selection import Candidate
@@ -134,11 +133,7 @@ def _mask(value: Mapping[str, Any]) -> RunLengthMask | None:
     if not size or not isinstance(counts, str):
         return None
     mask = RunLengthMask(size[0], size[1], counts)
-    try:
-        check_mask(mask)
-    except UserError:
-        return None
-    return mask
+    return mask if is_well_formed(mask) else None
 
 
 def _some(value: Any) -> Mapping[str, Any]:

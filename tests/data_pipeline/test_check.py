@@ -124,11 +124,11 @@ PROBLEMS: dict[str, tuple[Change, str, str]] = {
         "data/metadata.jsonl line 1: clips/0.mp4: video: cannot read 'data/clips/0.mp4' "
         "(Invalid data found when processing input); replace the file or remove the row",
     ),
-    "no video stream": (
+    "sound alone": (
         without_video,
         "clip",
-        "data/metadata.jsonl line 1: clips/0.mp4: video: 'data/clips/0.mp4' has no video stream; "
-        "replace the file or remove the row",
+        "data/metadata.jsonl line 1: clips/0.mp4: video: 'data/clips/0.mp4' is no clip that is read; make it an MP4: "
+        "ffmpeg -i IN OUT.mp4; replace the file or remove the row",
     ),
     "short": (
         lambda data, rows: tiny_data.write_clip(data / "clips/0.mp4", frames=4, height=32, width=48),
