@@ -40,6 +40,8 @@ from .tracking import LossMeter, ProgressBar, RunLog, say
 from .validation import validate
 
 SAMPLES = "samples"
+LETTING_GO = 0.5
+"""Seconds, thousands of times what it takes."""
 DATA_WAIT = "train/data_wait"
 """Share of a step's time in which the main process waits for batches, in [0, 1]."""
 
@@ -104,9 +106,19 @@ def _train(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> Path:
         folder = finish(run)
     finally:
         watchers.bar.close()
+        _let_go(accelerator)
         with stopping_means("see above; whatever was written is whole"):
             watchers.log.close()
     return folder
+
+
+def _let_go(accelerator: Accelerator) -> None:
+    """Give the threads of torch's gloo the time to let go of the last exchange's tensors.
+
+    They need Python's lock for that. When the model goes, torch waits for these threads with the lock held, for ever.
+    """
+    if accelerator.num_processes > 1:
+        time.sleep(LETTING_GO)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from ..analysis import pictures
 from ..analysis.features import project
 from ..analysis.report import Report, Section, code, plot, sample_table, sensitivity_answer, value_table, write_report
 from ..analysis.samples import Sample, write_animation
-from ..export.folder import open_adapter
 from ..json_files import write_json
 from ..training.tracking import METRICS_NAME, read_metrics
 from .demo_measure import FeatureViews, Measured
@@ -111,7 +110,7 @@ def _facts(
         },
         "options": {name: value for name, value in options.items() if name != "output"},
         "steps": last["step"],
-        "adapter_bytes": open_adapter(folder / "training" / "adapter").weights.stat().st_size,
+        "adapter_bytes": _weights_bytes(folder / "training" / "adapter"),
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
     }
 
@@ -126,3 +125,7 @@ def _introduction(facts: dict[str, Any]) -> str:
 
 def _footer() -> str:
     return "Written by refalign demo with " + ", ".join(f"{name} {version(name)}" for name in LIBRARIES) + "."
+
+
+def _weights_bytes(adapter: Path) -> int:
+    return sum(path.stat().st_size for path in adapter.glob("*.safetensors"))

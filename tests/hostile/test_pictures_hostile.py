@@ -190,17 +190,16 @@ def test_run_lengths_take_no_memory_for_what_they_say(size):
 
 
 PEAK = """
-import resource, sys, time
+import resource, sys
 from refalign_adapter.data.pictures import open_picture, draw_reference
 from refalign_adapter.data.rows import Reference
 from pathlib import Path
-start = time.monotonic()
 reference = Reference(Path(sys.argv[1]))
 try:
     draw_reference(reference, open_picture(reference), height=96, width=96)
 except ValueError as error:
     print(error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, time.monotonic() - start)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
@@ -214,9 +213,8 @@ def test_a_picture_costs_memory_by_what_is_used_of_it(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         assert done.stderr == ""
         lines = done.stdout.splitlines()
-        megabytes, seconds = map(float, lines[-1].split())
+        megabytes = float(lines[-1])
         assert megabytes < 1000, name
-        assert seconds < 15
         assert ("more than 100,000,000; scale it down" in lines[0]) == (np.prod(size) > MAX_PIXELS)
 
 
