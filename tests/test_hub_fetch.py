@@ -152,6 +152,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 def test_a_repository_of_another_kind_says_what_it_is(tmp_path):
     code = (
         "import sys; from refalign_adapter.export.folder import open_adapter\n"

@@ -6,7 +6,6 @@ Unpacking writes the folder that diffusers or transformers load. `pretrain.py` m
 
 from pathlib import Path
 
-from ..errors import UserError
 from ..files import atomic_folder
 from ..json_files import read_json, write_json
 
@@ -72,14 +71,9 @@ def _unpack(name: str, folder: str | Path) -> Path:
     for key, value in load_file(ASSETS / f"{name}.safetensors").items():
         path, parameter = key.split("::")
         files.setdefault(path, {})[parameter] = value.float()
-    try:
-        with atomic_folder(folder) as temporary:
-            for path, content in read_json(ASSETS / f"{name}.json").items():
-                write_json(temporary / path, content)
-            for path, tensors in files.items():
-                save_file(tensors, temporary / path, metadata={"format": "pt"})
-    except OSError as error:
-        raise UserError(
-            f"folder: cannot write {str(folder)!r} ({error.strerror or error}); choose a writable folder"
-        ) from None
+    with atomic_folder(folder) as temporary:
+        for path, content in read_json(ASSETS / f"{name}.json").items():
+            write_json(temporary / path, content)
+        for path, tensors in files.items():
+            save_file(tensors, temporary / path, metadata={"format": "pt"})
     return Path(folder)

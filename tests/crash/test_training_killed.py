@@ -86,6 +86,7 @@ def disturb(world, output, seed, turns):
     assert [path.name for path in output.iterdir() if path.name.endswith((".tmp", ".old"))] == []
 
 
+@pytest.mark.slow
 def test_killed_and_asked_to_stop(tiny_world, undisturbed, tmp_path):
     disturb(tiny_world, tmp_path / "out", 1, 2)
     equal(tensors(tmp_path / "out"), tensors(undisturbed))
