@@ -189,8 +189,9 @@ def test_run_lengths_take_no_memory_for_what_they_say(size):
         decode_mask(RunLengthMask(*size, "1"))
 
 
+# ru_maxrss would count what the process that started this one had in memory.
 PEAK = """
-import resource, sys
+import re, sys
 from refalign_adapter.data.pictures import open_picture, draw_reference
 from refalign_adapter.data.rows import Reference
 from pathlib import Path
@@ -199,7 +200,7 @@ try:
     draw_reference(reference, open_picture(reference), height=96, width=96)
 except ValueError as error:
     print(error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
 """
 
 
@@ -214,7 +215,7 @@ def test_a_picture_costs_memory_by_what_is_used_of_it(tmp_path):
         assert done.stderr == ""
         lines = done.stdout.splitlines()
         megabytes = float(lines[-1])
-        assert megabytes < 1000, name
+        assert megabytes < 800, name
         assert ("more than 100,000,000; scale it down" in lines[0]) == (np.prod(size) > MAX_PIXELS)
 
 
