@@ -10,7 +10,7 @@ from refalign_adapter.recipes import recipe_path
 from refalign_adapter.training.recipe_file import load_recipe
 
 
-@pytest.mark.parametrize("size", ["1.3b", "14b"])
+@pytest.mark.parametrize("size", ["1.3b", pytest.param("14b", marks=pytest.mark.slow)])
 def test_a_recipe_for_24_gb_takes_what_it_says(wan, size):
     path = recipe_path(f"wan2.1-t2v-{size}/stage1-24gb")
     told = re.search(r"training takes ([\d.]+) GB", path.read_text())

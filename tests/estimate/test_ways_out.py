@@ -14,6 +14,7 @@ def keys(ways):
     return [" ".join(way.changes) for way in ways]
 
 
+@pytest.mark.slow
 def test_each_way_has_the_total_of_the_recipe_with_it(setting_of, tiny):
     setting = setting_of(*ISOLATED)
     total = training_memory(setting).gpu.total
@@ -35,6 +36,7 @@ def test_each_way_has_the_total_of_the_recipe_with_it(setting_of, tiny):
     assert any(way.fits for way in ways)
 
 
+@pytest.mark.slow
 def test_where_none_is_enough_they_are_taken_together(setting_of):
     setting = setting_of("adapter.attention=isolated", "alignment.weight=0", "data.num_frames=9")
     alone = ways_out(setting, 10**12, lambda _: None)

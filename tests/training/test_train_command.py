@@ -108,7 +108,10 @@ def test_sigterm_while_validating_stops_after_the_step(make_recipe, tmp_path, mo
 
 @pytest.mark.parametrize(
     "adapter",
-    [["dropout.references=0.5"], ["adapter.attention=isolated", "adapter.lora_scope=reference"]],
+    [
+        pytest.param(["dropout.references=0.5"], marks=pytest.mark.slow),
+        ["adapter.attention=isolated", "adapter.lora_scope=reference"],
+    ],
     ids=["joint", "isolated reference"],
 )
 def test_two_processes_average_their_gradients(tiny_world, make_recipe, launch, tmp_path, adapter):
