@@ -16,7 +16,7 @@ from accelerate.utils import set_module_tensor_to_device
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from refalign_adapter.data.references import reference_size
+from refalign_adapter.media.canvas import reference_size
 
 CHANNELS, TEXT_TOKENS, TEXT_WIDTH = 16, 512, 4096
 """Of every Wan 2.1."""

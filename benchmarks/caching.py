@@ -28,11 +28,11 @@ import typer
 from _report import MIB, Bar, machine, print_bars, print_machine, print_table, write_json
 from _setting import JsonOption
 
-from refalign_adapter.data.cache import CacheReport, cache_dataset
-from refalign_adapter.data.options import options_of
+from refalign_adapter.data.cache.build import CacheReport, cache_dataset
 from refalign_adapter.errors import UserError
-from refalign_adapter.recipes import recipe_path
-from refalign_adapter.training.recipe_file import load_recipe
+from refalign_adapter.recipes.cache_options import options_of
+from refalign_adapter.recipes.file import load_recipe
+from refalign_adapter.recipes.shipped import recipe_path
 from refalign_adapter.world.base import unpack_base, unpack_teacher
 from refalign_adapter.world.write import write_world
 

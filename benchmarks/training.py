@@ -33,7 +33,7 @@ from refalign_adapter.alignment.projector import Projectors
 from refalign_adapter.batch import Batch
 from refalign_adapter.branch.attach import ReferenceBranch
 from refalign_adapter.errors import UserError
-from refalign_adapter.training.optimizers import find_optimizer
+from refalign_adapter.recipes.optimizers import find_optimizer
 from refalign_adapter.training.step import StepOptions, TrainingStep
 
 TEACHER, TEACHER_WIDTH, TEACHER_PATCH = "teacher", 768, 14

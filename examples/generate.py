@@ -10,7 +10,7 @@ import torch
 from diffusers import WanPipeline
 
 import refalign_adapter as ra
-from refalign_adapter.data.video import write_video
+from refalign_adapter.media.video_file import write_video
 
 
 def main() -> None:

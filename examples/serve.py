@@ -20,7 +20,7 @@ from diffusers import WanPipeline
 from PIL import Image
 
 import refalign_adapter as ra
-from refalign_adapter.data.video import write_video
+from refalign_adapter.media.video_file import write_video
 
 ALLOWED = {"height", "width", "num_frames", "num_inference_steps", "guidance_scale", "image_guidance_scale"}
 

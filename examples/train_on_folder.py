@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from refalign_adapter.files import atomic_file
-from refalign_adapter.recipes import copy_recipe
+from refalign_adapter.recipes.shipped import copy_recipe
 
 
 def write_manifest(folder: Path) -> Path:

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .alignment.reference_loss import reference_alignment_loss
+    from .alignment.reference.loss import reference_alignment_loss
     from .branch.attach import ReferenceBranch, attach
     from .branch.reference_cache import ReferenceCache
     from .config import RefAlignConfig
@@ -22,7 +22,7 @@ _SOURCES = {
     "attach": ".branch.attach",
     "load_adapter": ".pipelines.load",
     "merge_and_unload": ".pipelines.merge",
-    "reference_alignment_loss": ".alignment.reference_loss",
+    "reference_alignment_loss": ".alignment.reference.loss",
 }
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refalign_adapter.alignment.reference_loss import reference_alignment_loss
+from refalign_adapter.alignment.reference.loss import reference_alignment_loss
 
 
 def draw(*shape, seed=0, dtype=torch.float64):

@@ -12,7 +12,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from refalign_adapter.data.cache import CacheReport
+from refalign_adapter.data.cache.build import CacheReport
 from refalign_adapter.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

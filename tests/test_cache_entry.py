@@ -10,13 +10,13 @@ import tiny_data
 import tiny_models
 import yaml
 
-from refalign_adapter.cache import main
-from refalign_adapter.data.dataset import open_cache
-from refalign_adapter.data.digests import DIGESTS_NAME
-from refalign_adapter.data.options import options_of
+from refalign_adapter.commands.cache import main
+from refalign_adapter.data.cache.dataset import open_cache
+from refalign_adapter.data.cache.digests import DIGESTS_NAME
+from refalign_adapter.recipes.cache_options import options_of
+from refalign_adapter.recipes.file import load_recipe
+from refalign_adapter.recipes.schema import Recipe
 from refalign_adapter.signals import Stopped
-from refalign_adapter.training.config import Recipe
-from refalign_adapter.training.recipe_file import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_mistakes_are_plain_lines_and_nothing_is_written(recipe, tmp_path, capsy
 
 
 def test_ctrl_c_is_one_line_and_the_next_run_goes_on(recipe, tmp_path, capsys, monkeypatch):
-    from refalign_adapter.data import encode
+    from refalign_adapter.data.cache.build import encode
 
     arguments = ["--config", str(recipe), f"data.cache_dir={tmp_path}"]
     encode_row = encode.RowEncoder.encode

@@ -11,7 +11,7 @@ from tiny_data import write_data, write_reference
 from tiny_models import save_tiny_pipeline, tiny_dinov2, tiny_transformer
 
 import refalign_adapter as ra
-from refalign_adapter.cli import main
+from refalign_adapter.commands.app import main
 from refalign_adapter.signals import Stopped
 
 SMALL = ["--height", "32", "--width", "32", "--num-frames", "5", "--num-inference-steps", "1"]
@@ -261,9 +261,9 @@ def test_every_command_has_help(run):
 @pytest.mark.parametrize(
     ("command", "called", "line"),
     [
-        ("cache", "refalign_adapter.cache.run", "interrupted; run the same command again to go on"),
-        ("data check", "refalign_adapter.data_check.run", "interrupted; no report was written"),
-        ("estimate", "refalign_adapter.training.recipe_file.load_recipe", "interrupted; nothing was written"),
+        ("cache", "refalign_adapter.commands.cache.run", "interrupted; run the same command again to go on"),
+        ("data check", "refalign_adapter.commands.data_check.run", "interrupted; no report was written"),
+        ("estimate", "refalign_adapter.recipes.file.load_recipe", "interrupted; nothing was written"),
     ],
 )
 def test_ctrl_c_says_in_one_line_what_it_means(run, monkeypatch, command, called, line):
@@ -278,7 +278,7 @@ def test_ctrl_c_says_in_one_line_what_it_means(run, monkeypatch, command, called
 
 
 def test_a_mistake_ends_a_real_process_with_plain_lines(world):
-    arguments = [sys.executable, "-m", "refalign_adapter.cli", *generation(references=("nothing.png",))]
+    arguments = [sys.executable, "-m", "refalign_adapter", *generation(references=("nothing.png",))]
     result = subprocess.run(arguments, cwd=world, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.strip() == "error: references[0]: 'nothing.png' does not exist"

@@ -7,9 +7,9 @@ import pytest
 import tiny_data
 import yaml
 
-from refalign_adapter import data_check
-from refalign_adapter.cli import main
-from refalign_adapter.data import inspection
+from refalign_adapter.commands import data_check
+from refalign_adapter.commands.app import main
+from refalign_adapter.data.check.check import inspection
 from refalign_adapter.signals import Stopped
 
 

@@ -8,8 +8,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from refalign_adapter.errors import UserError
-from refalign_adapter.recipes import copy_recipe, list_recipes, recipe_path, recipes_folder
-from refalign_adapter.training.recipe_file import changes, load_recipe
+from refalign_adapter.recipes.file import changes, load_recipe
+from refalign_adapter.recipes.shipped import copy_recipe, list_recipes, recipe_path, recipes_folder
 
 NAMES = list_recipes()
 

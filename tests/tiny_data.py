@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from refalign_adapter.data.video import write_video
+from refalign_adapter.media.video_file import write_video
 
 
 def write_clip(

@@ -8,10 +8,10 @@ import yaml
 from PIL import Image
 from tiny_models import save_tiny_pipeline, tiny_dinov2
 
-from refalign_adapter.data.cache import cache_dataset
-from refalign_adapter.data.options import options_of
-from refalign_adapter.data.video import write_video
-from refalign_adapter.training.recipe_file import load_recipe
+from refalign_adapter.data.cache.build import cache_dataset
+from refalign_adapter.media.video_file import write_video
+from refalign_adapter.recipes.cache_options import options_of
+from refalign_adapter.recipes.file import load_recipe
 
 ROWS, SIZE, FRAMES = 10, 48, 5
 

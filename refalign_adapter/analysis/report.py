@@ -13,7 +13,8 @@ from string import Template
 from PIL import Image
 
 from ..files import atomic_file
-from .samples import Sample, frame_strip, read_frames
+from ..media.strips import frame_strip
+from .samples import Sample, read_frames
 from .sensitivity import Sensitivity
 
 TEMPLATE = Path(__file__).with_name("report.html")

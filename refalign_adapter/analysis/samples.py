@@ -11,9 +11,10 @@ import av
 from PIL import Image, ImageDraw, ImageFont
 
 from ..files import atomic_file
+from ..media.strips import PAPER, row
 
 GAP = 6
-INK, PAPER, LINE = (51, 65, 92), (255, 255, 255), (208, 214, 224)
+INK, LINE = (51, 65, 92), (208, 214, 224)
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,6 @@ def read_frames(video: Path) -> list[Image.Image]:
     """All frames of a video as RGB images."""
     with av.open(str(video)) as container:
         return [frame.to_image() for frame in container.decode(video=0)]
-
-
-def frame_strip(frames: Sequence[Image.Image], count: int) -> Image.Image:
-    """At most `count` frames, evenly spaced from the first to the last, side by side."""
-    count = min(count, len(frames))
-    places = [round(index * (len(frames) - 1) / max(count - 1, 1)) for index in range(count)]
-    return _row([frames[place] for place in places], gap=2)
 
 
 def write_animation(
@@ -74,12 +68,12 @@ def _cell(sample: Sample, frame: Image.Image, slots: int, size: int) -> Image.Im
             pictures.append(_framed(_scaled(image.convert("RGB"), size)))
     video = _scaled(frame, size)
     empty = [Image.new("RGB", (size, size), PAPER)] * (slots - len(pictures))
-    row = _row([*empty, *pictures, video], GAP)
+    pictured = row([*empty, *pictures, video], GAP)
     font = ImageFont.load_default(12)
-    lines = textwrap.wrap(sample.prompt, max(20, row.width // 7))[:2]
-    cell = Image.new("RGB", (row.width, row.height + 36), PAPER)
-    cell.paste(row, (0, 0))
-    ImageDraw.Draw(cell).multiline_text((0, row.height + 3), "\n".join(lines), fill=INK, font=font)
+    lines = textwrap.wrap(sample.prompt, max(20, pictured.width // 7))[:2]
+    cell = Image.new("RGB", (pictured.width, pictured.height + 36), PAPER)
+    cell.paste(pictured, (0, 0))
+    ImageDraw.Draw(cell).multiline_text((0, pictured.height + 3), "\n".join(lines), fill=INK, font=font)
     return cell
 
 
@@ -92,16 +86,6 @@ def _framed(image: Image.Image) -> Image.Image:
     image = image.copy()
     ImageDraw.Draw(image).rectangle((0, 0, image.width - 1, image.height - 1), outline=LINE)
     return image
-
-
-def _row(images: Sequence[Image.Image], gap: int) -> Image.Image:
-    width = sum(image.width for image in images) + gap * (len(images) - 1)
-    row = Image.new("RGB", (width, max(image.height for image in images)), PAPER)
-    left = 0
-    for image in images:
-        row.paste(image, (left, 0))
-        left += image.width + gap
-    return row
 
 
 def _column(images: Sequence[Image.Image]) -> Image.Image:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..data.options import CacheOptions
-from ..data.rows import Row
+from ..data.cache.options import CacheOptions
+from ..data.sources.rows import Row
 from .shapes import SampleShapes
 
 HEADER = 120

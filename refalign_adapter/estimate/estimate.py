@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..training.config import Recipe
+from ..recipes.schema import Recipe
 from .disk import CacheSize, assumed_cache_size, cache_size
 from .duration import Duration, duration_of
 from .host import host_memory

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..training.config import Recipe
-from ..training.optimizers import build_optimizer
+from ..recipes.optimizers import build_optimizer
+from ..recipes.schema import Recipe
 from .live_bytes import bytes_of, module_bytes
 from .models import Models
 from .setting import Setting

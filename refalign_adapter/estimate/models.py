@@ -12,15 +12,15 @@ import torch
 import transformers
 from torch import nn
 
-from ..data.encoders import Encoders
-from ..data.options import DTYPES, CacheOptions
+from ..data.cache.encoders import Encoders
+from ..data.cache.options import DTYPES, CacheOptions
 from ..errors import UserError
 from ..families._pipeline_folder import PipelineFolder, open_pipeline, reading
 from ..families.base import Family, load_family
+from ..recipes.schema import Recipe
 from ..teachers._hub import local_folder, read_config, read_processor
 from ..teachers.base import Teacher, known_teachers
 from ..training.base_model import FIELD, read_base
-from ..training.config import Recipe
 
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 

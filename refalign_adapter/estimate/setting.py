@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from ..data.manifest import read_source, sources_of
-from ..data.options import CacheOptions, options_of
-from ..data.rows import Row
+from ..data.cache.options import CacheOptions
+from ..data.sources.manifest import read_source, sources_of
+from ..data.sources.rows import Row
 from ..errors import ConfigError, UserError
-from ..training.config import Recipe
+from ..recipes.cache_options import options_of
+from ..recipes.schema import Recipe
 from .models import Models, read_models
 from .shapes import SampleShapes, sample_shapes
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..data.options import DTYPES, CacheOptions
-from ..data.sizes import Size
+from ..data.cache.options import DTYPES, CacheOptions
+from ..media.sizes import Size
 from .models import Models
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..alignment.projector import Projectors
-from ..alignment.reference_loss import TILE_ELEMENTS
+from ..alignment.reference.loss import TILE_ELEMENTS
 from ..branch.attach import ReferenceBranch, attach
-from ..data.options import CacheOptions
-from ..training.config import Recipe
+from ..data.cache.options import CacheOptions
+from ..recipes.schema import Recipe
 from ..training.offload import offloaded_checkpoint
 from ..training.setup import step_options
 from ..training.step import TrainingStep

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.sizes import Size
+from ..media.sizes import Size
 from .memory import training_memory
 from .setting import Setting, Tell
 

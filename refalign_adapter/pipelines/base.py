@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..branch.attach import branches_of
 from ..branch.reference_cache import ReferenceCache
-from ..data.references import reference_size
 from ..errors import ConfigError, UserError
 from ..families.base import Family
+from ..media.canvas import reference_size
 from .adapters import NamedAdapters
 from .attention_backends import DIFFERENT, LEFT_OUT, check_mask
 from .conditions import EncodedReferences

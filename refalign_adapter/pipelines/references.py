@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.images import read_image, to_rgb
-from ..data.references import content_tokens, prepare_reference
 from ..errors import ConfigError, UserError
+from ..media.canvas import content_tokens, prepare_reference
+from ..media.images import read_image, to_rgb
 
 FIELD = "reference_images"
 ReferenceImage = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor

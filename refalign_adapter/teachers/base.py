@@ -6,7 +6,6 @@ the `model_type` in its config. Third parties pass a dotted path instead, `packa
 Shape letters: B batch, H and W image height and width in pixels, h and w the feature grid, T the teacher's width.
 """
 
-import math
 import os
 from importlib import import_module
 from typing import Any, ClassVar, Self
@@ -18,9 +17,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..errors import UserError
+from ..grids import Grid, check_grid
 from ._hub import content_digest, encoder_files, local_folder, read_config, read_model, read_processor
-
-Grid = tuple[int, int]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -159,7 +157,7 @@ class Teacher(nn.Module):
             UserError: images of another shape, type or range; a grid that is not two positive integers.
         """
         _check_images(images)
-        grid = self.native_grid if grid is None or not self.any_size else _check_grid(grid)
+        grid = self.native_grid if grid is None or not self.any_size else check_grid(grid)
         pixels = self.preprocess(images, grid)
         with torch.autocast(pixels.device.type, enabled=False):
             output = self.run_model(pixels, output_hidden_states=self.layer != -1)
@@ -201,24 +199,6 @@ class Teacher(nn.Module):
                 "resize": "bicubic, antialiased",
             },
         }
-
-
-def resample_grid(features: Tensor, grid: Grid) -> Tensor:
-    """Features (..., h, w, T) to (..., *grid, T): bilinear in 2-D, antialiased along an axis that shrinks.
-
-    The same object comes back when the grid is already that one. Accumulates in float32 (float64 stays float64).
-
-    Raises:
-        UserError: a grid that is not two positive integers.
-    """
-    grid = _check_grid(grid)
-    *leading, height, width, channels = features.shape
-    if (height, width) == grid:
-        return features
-    maps = features.reshape(math.prod(leading), height, width, channels).movedim(-1, 1)
-    maps = maps.to(torch.promote_types(features.dtype, torch.float32))
-    resampled = interpolate(maps, grid, mode="bilinear", align_corners=False, antialias=True)
-    return resampled.to(features.dtype).movedim(1, -1).reshape(*leading, *grid, channels).contiguous()
 
 
 def known_teachers() -> dict[str, type[Teacher]]:
@@ -280,12 +260,6 @@ def _pair(size: Any) -> tuple[int, int]:
         size = (size["height"], size["width"]) if "height" in size else min(size.values())
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
-
-
-def _check_grid(grid: Grid) -> Grid:
-    if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
-        raise UserError(f"grid must be (rows, columns), two positive integers, got {tuple(grid)!r}")
-    return grid[0], grid[1]
 
 
 def _check_images(images: Tensor) -> None:

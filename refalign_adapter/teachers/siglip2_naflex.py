@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .base import Grid, Teacher
+from ..grids import Grid
+from .base import Teacher
 
 
 class SigLIP2NaFlexTeacher(Teacher):

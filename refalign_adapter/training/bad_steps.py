@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..batch import CachedSample
-from ..data.dataset import CachedDataset
+from ..data.cache.dataset import CachedDataset
 from ..errors import UserError
 from .interrupt import largest
 

@@ -10,7 +10,7 @@ import torch
 from ..errors import UserError
 from ..families._pipeline_folder import open_pipeline, reading
 from ..families.base import Family, load_family
-from .config import Recipe
+from ..recipes.schema import Recipe
 from .quantization import check_machine, quantization_config
 
 FIELD = "pretrained_model_name_or_path"

@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..batch import Batch, CachedSample
-from ..data.buckets import BucketBatchSampler
-from ..data.dataset import CachedDataset, UnreadableRowError, collate, open_cache
-from ..data.freshness import check_fresh
-from ..data.index import REMEDY
-from ..data.manifest import sources_of
-from ..data.options import options_of
-from ..data.parts import hash_of
+from ..data.cache.buckets import BucketBatchSampler
+from ..data.cache.dataset import CachedDataset, UnreadableRowError, collate, open_cache
+from ..data.cache.freshness import check_fresh
+from ..data.cache.index import REMEDY
+from ..data.sources.manifest import sources_of
 from ..errors import UserError
+from ..hashes import hash_of
+from ..recipes.cache_options import options_of
+from ..recipes.schema import Recipe
 from ..signals import tell
-from .config import Recipe
 
 
 @dataclass

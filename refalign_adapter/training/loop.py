@@ -18,9 +18,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ..batch import Batch
-from ..data.prefetch import read_ahead
+from ..data.cache.prefetch import read_ahead
 from ..errors import UserError, WriteError
 from ..files import atomic_folder, remove_leftovers, require_writable_folder, writing
+from ..recipes.file import flat_values, save_recipe
+from ..recipes.schema import Recipe
 from ..signals import stopping_means, tell
 from .bad_steps import Seen, all_finite, listed, look_into, names_of, not_finite
 from .checkpoint import averaged_weights, save_checkpoint, save_sidecar
@@ -29,9 +31,7 @@ from .checkpoint_files import (
     TRAINING,
     newest_whole,
 )
-from .config import Recipe
 from .interrupt import Interrupted, SignalWatch, largest, together
-from .recipe_file import flat_values, save_recipe
 from .resuming import resume, starting_point
 from .run_lock import only_run
 from .samples import Sampler

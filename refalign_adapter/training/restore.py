@@ -17,9 +17,9 @@ from ..errors import UserError
 from ..export.adapter import adapter_state
 from ..export.folder import AdapterFolder, open_adapter
 from ..export.layers import layers_of
+from ..recipes.optimizers import find_optimizer
 from .checkpoint import EMA, LORA, OPTIMIZER, PROJECTORS, Progress, Trained
 from .checkpoint_files import ADAPTER, TRAINING, CheckpointState, damaged, read_state
-from .optimizers import find_optimizer
 
 SAME = ("lora_scope", "attention", "r", "lora_alpha")
 """What the same weights mean another adapter without."""

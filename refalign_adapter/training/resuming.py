@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
+from ..recipes.file import changes
+from ..recipes.optimizers import build_scheduler
+from ..recipes.schema import Recipe
 from .checkpoint_files import check_whole, find_checkpoint, list_checkpoints, read_state, step_of
-from .config import Recipe
-from .optimizers import build_scheduler
-from .recipe_file import changes
 from .restore import load_checkpoint
 from .setup import Run
 from .tracking import say

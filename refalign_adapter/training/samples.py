@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..data.encoders import Encoders
-from ..data.images import read_image
-from ..data.options import options_of
-from ..data.sizes import Size
-from ..data.video import write_video
+from ..data.cache.encoders import Encoders
 from ..errors import UserError
 from ..families.base import Family
+from ..media.images import read_image
+from ..media.sizes import Size
+from ..media.video_file import write_video
 from ..pipelines.base import build_pipeline
+from ..recipes.cache_options import options_of
+from ..recipes.schema import Recipe, SamplePrompt
 from ..signals import tell
-from .config import Recipe, SamplePrompt
 
 if TYPE_CHECKING:
     from .setup import Run

@@ -20,13 +20,13 @@ from ..alignment.projector import Projectors
 from ..branch.attach import ReferenceBranch, attach
 from ..errors import ConfigError, UserError
 from ..families.base import Family
+from ..recipes.optimizers import build_optimizer, build_scheduler
+from ..recipes.schema import Recipe
 from .bad_steps import BadSteps
 from .base_model import load_transformer, read_base
 from .checkpoint import Progress, Trained
-from .config import Recipe
 from .datasource import TrainingData, open_data
 from .offload import offloaded_checkpoint
-from .optimizers import build_optimizer, build_scheduler
 from .restore import load_initial_weights
 from .step import StepOptions, TrainingStep
 from .tracking import say

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..alignment.projector import Projectors
-from ..alignment.reference_loss import reference_alignment_loss
+from ..alignment.reference.loss import reference_alignment_loss
 from ..alignment.schedule import timestep_gate
 from ..batch import Batch, StepOutput
 from ..branch.attach import ReferenceBranch
 from ..flow import TimestepSampling, flow_loss, interpolate, sample_sigmas, velocity_target
-from ..teachers.base import resample_grid
+from ..grids import resample_grid
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def write_recipe(options: DemoOptions) -> None:
     """Copy the packaged recipe as a user would, then set its paths, its seed and its steps."""
     path = options.folder / "recipe.yaml"
     path.unlink(missing_ok=True)
-    run_module("refalign_adapter.cli", "recipes", "copy", RECIPE, "--output", path, quiet=True)
+    run_module("refalign_adapter", "recipes", "copy", RECIPE, "--output", path, quiet=True)
     folder = options.folder.resolve()
     text = re.sub(
         rf"{RECIPE_FOLDER}/([\w./-]+)", lambda match: json.dumps(str(folder / match[1])), path.read_text("utf-8")
@@ -207,7 +207,7 @@ def generate(options: DemoOptions) -> None:
     size = frame_size(folder)
     write_jobs(folder / "samples", height=size["height"], width=size["width"], seed=options.seed)
     arguments = ["--prompts", folder / "samples" / "prompts.jsonl", "--output", folder / "samples"]
-    run_module("refalign_adapter.cli", "generate", *_generation_arguments(folder), *arguments)
+    run_module("refalign_adapter", "generate", *_generation_arguments(folder), *arguments)
 
 
 def commands(options: DemoOptions) -> list[str]:
@@ -217,7 +217,7 @@ def commands(options: DemoOptions) -> list[str]:
     folder = options.folder
     first, second = read_jobs(folder / "samples")[:2]
     script = Path(sys.executable).parent / "refalign"
-    program = [_short(script)] if script.is_file() else [_short(Path(sys.executable)), "-m", "refalign_adapter.cli"]
+    program = [_short(script)] if script.is_file() else [_short(Path(sys.executable)), "-m", "refalign_adapter"]
     swapped = (first.references[0], second.references[1])
     other = dataclasses.replace(SCENES[0], motions=("spins", "bounces"), place="in a city").prompt
     wanted = [("another_reference", first.prompt, swapped), ("another_prompt", other, first.references)]
@@ -238,7 +238,7 @@ def commands(options: DemoOptions) -> list[str]:
 
 def frame_size(folder: Path) -> dict[str, int]:
     """Height, width and frames of the demo's clips."""
-    from ..training.recipe_file import load_recipe
+    from ..recipes.file import load_recipe
 
     data = load_recipe(folder / "recipe.yaml").data
     assert data.fps is not None

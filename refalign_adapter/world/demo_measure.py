@@ -16,7 +16,7 @@ from torch import Tensor
 from ..analysis.features import Separability, mean_reference_tokens, separability
 from ..analysis.sensitivity import Sensitivity, reference_sensitivity
 from ..branch.attach import ReferenceBranch, attach, branch_of
-from ..data.dataset import CachedDataset
+from ..data.cache.dataset import CachedDataset
 from ..export.folder import open_adapter
 from ..families.wan import FAMILY
 from ..pipelines.load import load_adapter

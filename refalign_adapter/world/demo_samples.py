@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data.references import prepare_reference
 from ..files import atomic_file
+from ..media.canvas import prepare_reference
 from .scenes import describe, draw_reference
 from .subjects import Subject, random_subject
 

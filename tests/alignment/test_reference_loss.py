@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from naive_loss import MASK, SUBJECTS, TOKENS, LargestTensor, assert_equals_naive, draw, naive
 from safetensors import safe_open
 
-from refalign_adapter.alignment import reference_loss
-from refalign_adapter.alignment.reference_loss import reference_alignment_loss
+from refalign_adapter.alignment.reference import loss as reference_loss
+from refalign_adapter.alignment.reference.loss import reference_alignment_loss
 from refalign_adapter.errors import UserError
 
 FIXTURE = Path(__file__).parents[1] / "data" / "official_reference_alignment_loss.safetensors"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from naive_loss import MASK, SUBJECTS, LargestTensor, draw
 
-from refalign_adapter.alignment import reference_loss
-from refalign_adapter.alignment.reference_loss import reference_alignment_loss
+from refalign_adapter.alignment.reference import loss as reference_loss
+from refalign_adapter.alignment.reference.loss import reference_alignment_loss
 
 
 def test_tokens_that_do_not_count_reach_neither_value_nor_gradient():

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from refalign_adapter.analysis import pictures, report
-from refalign_adapter.analysis.samples import Sample, frame_strip, read_frames, write_animation
+from refalign_adapter.analysis.samples import Sample, read_frames, write_animation
 from refalign_adapter.analysis.sensitivity import Sensitivity
-from refalign_adapter.data.video import write_video
+from refalign_adapter.media.strips import frame_strip
+from refalign_adapter.media.video_file import write_video
 
 ROWS = [
     {"step": 0, "validation/flow": 0.5},

@@ -10,12 +10,18 @@ import datasets
 import pytest
 import tiny_data
 
-from refalign_adapter.data.manifest import load_manifest, manifest_path, source_problems, sources_digest, sources_of
-from refalign_adapter.data.pictures import open_picture
-from refalign_adapter.data.readers.base import Reader, known_readers
-from refalign_adapter.data.rows import PAIRS
-from refalign_adapter.data.video import read_video
+from refalign_adapter.data.sources.manifest import (
+    load_manifest,
+    manifest_path,
+    source_problems,
+    sources_digest,
+    sources_of,
+)
+from refalign_adapter.data.sources.pictures import open_picture
+from refalign_adapter.data.sources.readers.base import Reader, known_readers
+from refalign_adapter.data.sources.rows import PAIRS
 from refalign_adapter.errors import UserError
+from refalign_adapter.media.video import read_video
 
 DATA = Path(__file__).parent.parent / "data"
 

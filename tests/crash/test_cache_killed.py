@@ -14,13 +14,13 @@ import yaml
 from tiny_data import write_data
 from tiny_models import save_tiny_pipeline, tiny_dinov2
 
-from refalign_adapter.data.digests import DIGESTS_NAME
-from refalign_adapter.data.lock import LOCK_NAME
-from refalign_adapter.data.options import options_of
-from refalign_adapter.data.verify import verify_cache
+from refalign_adapter.data.cache.digests import DIGESTS_NAME
+from refalign_adapter.data.cache.lock import LOCK_NAME
+from refalign_adapter.data.cache.verify import verify_cache
 from refalign_adapter.errors import ConfigError, UserError
 from refalign_adapter.files import remove_leftovers
-from refalign_adapter.training.recipe_file import load_recipe
+from refalign_adapter.recipes.cache_options import options_of
+from refalign_adapter.recipes.file import load_recipe
 
 ROWS = 12
 

@@ -12,13 +12,13 @@ from tiny_models import tiny_transformer
 
 import refalign_adapter as ra
 from refalign_adapter.branch.reference_cache import ReferenceCache
-from refalign_adapter.data.freshness import write_files
-from refalign_adapter.data.index import IndexEntry, RowParts, write_index
-from refalign_adapter.data.parts import PartStore
-from refalign_adapter.data.video import write_video
+from refalign_adapter.data.cache.freshness import write_files
+from refalign_adapter.data.cache.index import IndexEntry, RowParts, write_index
+from refalign_adapter.data.cache.parts import PartStore
 from refalign_adapter.errors import WriteError
 from refalign_adapter.json_files import write_json
-from refalign_adapter.recipes import copy_recipe
+from refalign_adapter.media.video_file import write_video
+from refalign_adapter.recipes.shipped import copy_recipe
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 96, 96, 3), np.uint8)
 ENTRY = IndexEntry("a" * 32, "a.mp4", 1, RowParts("a" * 32, "b" * 32, "c" * 32, {}), (16, 2, 4, 6), 1, (0,))

@@ -31,7 +31,7 @@ def command(tmp_path_factory):
     base, adapter = save_tiny_pipeline(folder / "base"), save_tiny_adapter(folder / "adapter")
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZE.items()]
     return [
-        sys.executable, "-m", "refalign_adapter.cli", "generate", f"--base={base}", f"--adapter={adapter}",
+        sys.executable, "-m", "refalign_adapter", "generate", f"--base={base}", f"--adapter={adapter}",
         f"--prompts={folder / 'prompts.jsonl'}", "--num-inference-steps=2", "--device=cpu", *sizes,
     ]  # fmt: skip
 

@@ -11,10 +11,10 @@ import pytest
 COMMANDS = {
     "train": ["refalign_adapter.train", "--config", "{world}/recipe.yaml", "output_dir={out}/run"],
     "cache": ["refalign_adapter.cache", "--config", "{world}/recipe.yaml", "data.cache_dir={out}/cache"],
-    "data check": ["refalign_adapter.cli", "data", "check", "--config", "{world}/recipe.yaml", "--output", "{out}/r"],
-    "estimate": ["refalign_adapter.cli", "estimate", "--config", "{world}/recipe.yaml"],
+    "data check": ["refalign_adapter", "data", "check", "--config", "{world}/recipe.yaml", "--output", "{out}/r"],
+    "estimate": ["refalign_adapter", "estimate", "--config", "{world}/recipe.yaml"],
     "generate": [
-        *("refalign_adapter.cli", "generate", "--base", "{world}/base", "--adapter", "{world}/no", "--prompt", "a"),
+        *("refalign_adapter", "generate", "--base", "{world}/base", "--adapter", "{world}/no", "--prompt", "a"),
         *("--reference", "{world}/clips/0_0.png", "--output", "{out}/a.mp4"),
     ],
 }

@@ -6,10 +6,10 @@ import pytest
 import tiny_data
 import tiny_models
 
-from refalign_adapter.data.cache import build_cache
-from refalign_adapter.data.encoders import load_encoders
-from refalign_adapter.data.manifest import load_manifest
-from refalign_adapter.data.options import CacheOptions
+from refalign_adapter.data.cache.build import build_cache
+from refalign_adapter.data.cache.encoders import load_encoders
+from refalign_adapter.data.cache.options import CacheOptions
+from refalign_adapter.data.sources.manifest import load_manifest
 
 
 @pytest.fixture(scope="module")

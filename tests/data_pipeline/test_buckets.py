@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from refalign_adapter.data.buckets import BucketBatchSampler
+from refalign_adapter.data.cache.buckets import BucketBatchSampler
 from refalign_adapter.errors import UserError
 
 SHAPES = ["a"] * 10 + ["b"] * 7 + ["c"] * 2

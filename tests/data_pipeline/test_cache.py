@@ -18,18 +18,18 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
-from refalign_adapter.data.cache import build_cache, cache_dataset
-from refalign_adapter.data.digests import DIGESTS_NAME
-from refalign_adapter.data.encoders import Encoders, load_encoders
-from refalign_adapter.data.images import read_image, read_mask
-from refalign_adapter.data.index import read_index
-from refalign_adapter.data.lock import LOCK_NAME
-from refalign_adapter.data.manifest import load_manifest
-from refalign_adapter.data.parts import PartStore
-from refalign_adapter.data.references import prepare_reference
-from refalign_adapter.data.video import read_video
+from refalign_adapter.data.cache.build import build_cache, cache_dataset
+from refalign_adapter.data.cache.digests import DIGESTS_NAME
+from refalign_adapter.data.cache.encoders import Encoders, load_encoders
+from refalign_adapter.data.cache.index import read_index
+from refalign_adapter.data.cache.lock import LOCK_NAME
+from refalign_adapter.data.cache.parts import PartStore
+from refalign_adapter.data.sources.manifest import load_manifest
 from refalign_adapter.errors import ConfigError, UserError
 from refalign_adapter.files import HOST
+from refalign_adapter.media.canvas import prepare_reference
+from refalign_adapter.media.images import read_image, read_mask
+from refalign_adapter.media.video import read_video
 
 ALL = {"video": 4, "references": 4, "text": 5, "teacher": 4}  # the fifth text is the empty one
 

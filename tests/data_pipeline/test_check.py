@@ -14,19 +14,19 @@ import pytest
 import tiny_data
 from PIL import Image
 
-from refalign_adapter.data.check import DataCheck, check_data
-from refalign_adapter.data.duplicates import CheckedRow, findings_between
-from refalign_adapter.data.encode import Facts, Plan, RowPreparer
-from refalign_adapter.data.findings import KINDS
-from refalign_adapter.data.inspection import ReferenceLook, RowLook, canvas_of, inspect_row
-from refalign_adapter.data.manifest import load_manifest
-from refalign_adapter.data.options import CacheOptions
-from refalign_adapter.data.parts import PartStore
-from refalign_adapter.data.rows import Reference, Row
-from refalign_adapter.data.sizes import Size
-from refalign_adapter.data.summary import summarize
-from refalign_adapter.data.video import write_video
+from refalign_adapter.data.cache.encode import Facts, Plan, RowPreparer
+from refalign_adapter.data.cache.options import CacheOptions
+from refalign_adapter.data.cache.parts import PartStore
+from refalign_adapter.data.check.between_rows import CheckedRow, findings_between
+from refalign_adapter.data.check.check import DataCheck, check_data
+from refalign_adapter.data.check.findings import KINDS
+from refalign_adapter.data.check.inspection import ReferenceLook, RowLook, canvas_of, inspect_row
+from refalign_adapter.data.check.summary import summarize
+from refalign_adapter.data.sources.manifest import load_manifest
+from refalign_adapter.data.sources.rows import Reference, Row
 from refalign_adapter.errors import ConfigError, UserError
+from refalign_adapter.media.sizes import Size
+from refalign_adapter.media.video_file import write_video
 
 PART = Path(__file__).parent.parent / "data" / "opens2v_regular_part.json"
 Rows = list[dict[str, Any]]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import tiny_data
 
-from refalign_adapter.data import digests as module
-from refalign_adapter.data.digests import DIGESTS_NAME, FileDigests
+from refalign_adapter.data.cache.build import digests as module
+from refalign_adapter.data.cache.digests import DIGESTS_NAME, FileDigests
 from refalign_adapter.errors import UserError
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from refalign_adapter.data.dataset import open_cache
-from refalign_adapter.data.images import read_image, read_mask
-from refalign_adapter.data.index import read_index
-from refalign_adapter.data.manifest import load_manifest
-from refalign_adapter.data.parts import PartStore
-from refalign_adapter.data.references import prepare_reference
+from refalign_adapter.data.cache.dataset import open_cache
+from refalign_adapter.data.cache.index import read_index
+from refalign_adapter.data.cache.parts import PartStore
+from refalign_adapter.data.sources.manifest import load_manifest
+from refalign_adapter.media.canvas import prepare_reference
+from refalign_adapter.media.images import read_image, read_mask
 
 
 @pytest.fixture(scope="module")

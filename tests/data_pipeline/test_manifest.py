@@ -3,7 +3,7 @@
 import pytest
 import tiny_data
 
-from refalign_adapter.data.manifest import load_manifest
+from refalign_adapter.data.sources.manifest import load_manifest
 from refalign_adapter.errors import ConfigError, UserError
 
 

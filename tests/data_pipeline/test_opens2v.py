@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tiny_data
 
-from refalign_adapter.data.manifest import load_manifest
-from refalign_adapter.data.masks import decode_mask, encode_mask
-from refalign_adapter.data.opens2v import Unusable, read_clip
-from refalign_adapter.data.readers import opens2v_cross
-from refalign_adapter.data.selection import Candidate, select_subjects
+from refalign_adapter.data.sources.manifest import load_manifest
+from refalign_adapter.data.sources.masks import decode_mask, encode_mask
+from refalign_adapter.data.sources.opens2v import Unusable, read_clip
+from refalign_adapter.data.sources.readers import opens2v_cross
+from refalign_adapter.data.sources.selection import Candidate, select_subjects
 from refalign_adapter.errors import UserError
 
 DATA = Path(__file__).parent.parent / "data"

@@ -6,10 +6,10 @@ import datasets
 import pytest
 import tiny_data
 
-from refalign_adapter.data.manifest import load_manifest
-from refalign_adapter.data.pictures import open_picture
-from refalign_adapter.data.readers import phantom
-from refalign_adapter.data.tables import read_table
+from refalign_adapter.data.sources.manifest import load_manifest
+from refalign_adapter.data.sources.pictures import open_picture
+from refalign_adapter.data.sources.readers import phantom
+from refalign_adapter.data.sources.tables import read_table
 from refalign_adapter.errors import UserError
 
 BOX = [96.0, 48.0, 480.0, 384.0]

@@ -5,19 +5,20 @@ import pytest
 import tiny_data
 from PIL import Image
 
-from refalign_adapter.data import pictures
-from refalign_adapter.data.encode import Facts, parts_of
-from refalign_adapter.data.masks import decode_mask, encode_mask, mask_areas, mask_overlaps
-from refalign_adapter.data.pictures import (
+from refalign_adapter.data.cache.encode import Facts, parts_of
+from refalign_adapter.data.sources import pictures
+from refalign_adapter.data.sources.masks import decode_mask, encode_mask, mask_areas, mask_overlaps
+from refalign_adapter.data.sources.pictures import (
     augmentation_key,
     draw_reference,
     open_picture,
     open_pictures,
     reference_facts,
 )
-from refalign_adapter.data.rows import Reference, Row, RunLengthMask
-from refalign_adapter.data.video import count_frames, read_frame, read_video, write_video
+from refalign_adapter.data.sources.rows import Reference, Row, RunLengthMask
 from refalign_adapter.errors import UserError
+from refalign_adapter.media.video import count_frames, read_frame, read_video
+from refalign_adapter.media.video_file import write_video
 
 FACTS = Facts(video={}, references={}, text={}, teachers={}, augmentation=None)
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from refalign_adapter.data.prefetch import read_ahead
+from refalign_adapter.data.cache.prefetch import read_ahead
 
 
 def test_items_come_in_order_and_to_the_end():

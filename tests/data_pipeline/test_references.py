@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refalign_adapter.data.references import (
+from refalign_adapter.errors import UserError
+from refalign_adapter.media.canvas import (
     AUGMENTATION,
     AugmentationRanges,
     augment_reference,
@@ -14,7 +15,6 @@ from refalign_adapter.data.references import (
     prepare_reference,
     reference_size,
 )
-from refalign_adapter.errors import UserError
 
 STILL = AugmentationRanges(0, (1.0, 1.0), 0, 0, 0, 0, 0, 0, 0, 0)
 

@@ -11,15 +11,16 @@ import tiny_data
 import torch
 from PIL import Image
 
-from refalign_adapter.data.buckets import BucketBatchSampler
-from refalign_adapter.data.dataset import collate, open_cache
-from refalign_adapter.data.encode import RowPreparer, plans_of
-from refalign_adapter.data.manifest import load_manifest
-from refalign_adapter.data.parts import PartStore
-from refalign_adapter.data.sizes import Size, VideoFacts, choose_size, kept_share, parse_sizes, size_problems
-from refalign_adapter.data.verify import verify_cache
-from refalign_adapter.data.video import TooShortError, cover, probe_video, read_video
+from refalign_adapter.data.cache.buckets import BucketBatchSampler
+from refalign_adapter.data.cache.dataset import collate, open_cache
+from refalign_adapter.data.cache.encode import RowPreparer, plans_of
+from refalign_adapter.data.cache.parts import PartStore
+from refalign_adapter.data.cache.verify import verify_cache
+from refalign_adapter.data.sources.manifest import load_manifest
 from refalign_adapter.errors import ConfigError
+from refalign_adapter.media.canvas import cover
+from refalign_adapter.media.sizes import Size, VideoFacts, choose_size, kept_share, parse_sizes, size_problems
+from refalign_adapter.media.video import TooShortError, probe_video, read_video
 
 WIDE, TALL, SQUARE = Size(81, 480, 832), Size(81, 832, 480), Size(81, 608, 608)
 SHORT, LARGE = Size(17, 480, 832), Size(81, 720, 1280)
@@ -170,7 +171,7 @@ def test_a_clip_whose_header_promises_more_goes_to_a_shorter_size(mixed, encoder
     options, _ = mixed
     rows = load_manifest(options.train_data)
     lying = VideoFacts(64, 96, 100, 8.0)
-    monkeypatch.setattr("refalign_adapter.data.encode.probe_video", lambda *_, **__: lying)
+    monkeypatch.setattr("refalign_adapter.data.cache.encode.probe_video", lambda *_, **__: lying)
     preparer = RowPreparer(plans_of(options, encoders), PartStore(Path(options.cache_dir) / "none"))
     assert preparer[rows[2]].size == SIZES[2]
     assert preparer[rows[2]].frames.shape == (5, 32, 48, 3)

@@ -8,18 +8,18 @@ import datasets
 import pytest
 import tiny_data
 
-from refalign_adapter.data.manifest import (
+from refalign_adapter.data.sources.manifest import (
     load_manifest,
     missing_paths,
     source_problems,
     sources_digest,
     sources_of,
 )
-from refalign_adapter.data.parts import file_digest
-from refalign_adapter.data.readers.base import Source, known_readers
-from refalign_adapter.data.rows import Row
-from refalign_adapter.data.tables import is_hub_id, local_path, read_table
+from refalign_adapter.data.sources.readers.base import Source, known_readers
+from refalign_adapter.data.sources.rows import Row
+from refalign_adapter.data.sources.tables import is_hub_id, local_path, read_table
 from refalign_adapter.errors import ConfigError, UserError
+from refalign_adapter.hashes import file_digest
 
 
 @pytest.fixture
@@ -191,8 +191,8 @@ def test_a_damaged_table_is_one_line(tmp_path):
 
 
 def test_records_that_a_format_leaves_out_are_counted_and_said(monkeypatch, caplog, tmp_path):
-    from refalign_adapter.data.readers import folder
-    from refalign_adapter.data.readers.base import Reading
+    from refalign_adapter.data.sources.readers import folder
+    from refalign_adapter.data.sources.readers.base import Reading
 
     row = Row("a.mp4", tmp_path / "a.mp4", "a", ())
     reading = Reading([row], [])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from refalign_adapter.data.index import read_index
-from refalign_adapter.data.lock import deleting, filling
-from refalign_adapter.data.parts import Expected, PartStore
-from refalign_adapter.data.verify import prune_cache, verify_cache
+from refalign_adapter.data.cache.index import read_index
+from refalign_adapter.data.cache.lock import deleting, filling
+from refalign_adapter.data.cache.parts import Expected, PartStore
+from refalign_adapter.data.cache.verify import prune_cache, verify_cache
 from refalign_adapter.errors import ConfigError, UserError
 
 
@@ -131,7 +131,7 @@ def test_an_encoder_that_overflows_is_a_problem_of_its_row(copied, encoders, bui
         latents = encode(self, pipe, video)
         return latents * torch.inf if video[0, 0, 0, 0, 0] == marked else latents
 
-    from refalign_adapter.data.video import read_video
+    from refalign_adapter.media.video import read_video
 
     clip = Path(copied.train_data).parent / "clips/1.mp4"
     frames = read_video(clip, num_frames=5, height=32, width=48, fps=8)

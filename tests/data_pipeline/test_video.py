@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from refalign_adapter.data.images import read_image, read_mask
-from refalign_adapter.data.video import cover, read_video, write_video
 from refalign_adapter.errors import UserError
+from refalign_adapter.media.canvas import cover
+from refalign_adapter.media.images import read_image, read_mask
+from refalign_adapter.media.video import read_video
+from refalign_adapter.media.video_file import write_video
 
 
 def write_greys(path, count, fps):

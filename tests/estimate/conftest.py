@@ -11,7 +11,7 @@ from tiny_models import save_tiny_pipeline, tiny_dinov2
 from transformers import Dinov2Config, UMT5Config
 
 from refalign_adapter.estimate.setting import Asked, read_setting
-from refalign_adapter.training.recipe_file import load_recipe
+from refalign_adapter.recipes.file import load_recipe
 
 WAN = {
     "1.3b": {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_data import write_data
 
-from refalign_adapter.data.cache import cache_dataset
+from refalign_adapter.data.cache.build import cache_dataset
 from refalign_adapter.estimate.disk import HEADER, assumed_cache_size, cache_size, row_bytes
 
 LONG = ["adapter.max_sequence_length=24", "data.fps=8"]

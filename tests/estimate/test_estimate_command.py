@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_data import write_data
 
-from refalign_adapter.cli import main
+from refalign_adapter.commands.app import main
 
 RECIPE = "recipe.yaml"
 

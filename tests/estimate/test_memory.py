@@ -9,7 +9,7 @@ from quantised import QUANTISABLE, quantise_on_the_cpu
 from tiny_models import save_tiny_pipeline
 from torch import nn
 
-from refalign_adapter.data.encoders import load_encoders
+from refalign_adapter.data.cache.encoders import load_encoders
 from refalign_adapter.estimate.live_bytes import bytes_of, module_bytes
 from refalign_adapter.estimate.memory import (
     caching_memory,
@@ -19,8 +19,8 @@ from refalign_adapter.estimate.memory import (
     training_memory,
 )
 from refalign_adapter.estimate.simulate import build_step
+from refalign_adapter.recipes.optimizers import build_optimizer
 from refalign_adapter.training.base_model import load_transformer
-from refalign_adapter.training.optimizers import build_optimizer
 
 JOINT = ("adapter.attention=joint", "adapter.lora_scope=all", "dropout={}")
 

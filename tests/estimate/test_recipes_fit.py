@@ -6,8 +6,8 @@ import pytest
 
 from refalign_adapter.estimate.memory import training_memory
 from refalign_adapter.estimate.setting import Asked, read_setting
-from refalign_adapter.recipes import recipe_path
-from refalign_adapter.training.recipe_file import load_recipe
+from refalign_adapter.recipes.file import load_recipe
+from refalign_adapter.recipes.shipped import recipe_path
 
 
 @pytest.mark.parametrize("size", ["1.3b", pytest.param("14b", marks=pytest.mark.slow)])

@@ -6,7 +6,7 @@ from tiny_models import tiny_vae
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from refalign_adapter.alignment.reference_loss import reference_alignment_loss
+from refalign_adapter.alignment.reference.loss import reference_alignment_loss
 from refalign_adapter.estimate import kernels
 from refalign_adapter.estimate.live_bytes import LiveBytes, bytes_of
 from refalign_adapter.estimate.simulate import AlignmentLoss, build_step, simulate_encoding, simulate_step

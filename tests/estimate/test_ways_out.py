@@ -5,7 +5,7 @@ import pytest
 from refalign_adapter.estimate.memory import training_memory
 from refalign_adapter.estimate.setting import Asked, read_setting
 from refalign_adapter.estimate.ways_out import ways_out
-from refalign_adapter.training.recipe_file import load_recipe
+from refalign_adapter.recipes.file import load_recipe
 
 ISOLATED = ("adapter.attention=isolated", "train_batch_size=2", "data.num_frames=21")
 

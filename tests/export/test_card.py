@@ -10,8 +10,8 @@ from tiny_adapter import picture, save_tiny_adapter, velocity
 from tiny_models import save_tiny_pipeline, tiny_pipeline
 
 import refalign_adapter as ra
-from refalign_adapter.data.video import read_video
 from refalign_adapter.export.card import model_card
+from refalign_adapter.media.video import read_video
 
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 SMALLER = {

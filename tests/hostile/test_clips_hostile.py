@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refalign_adapter.data import video
-from refalign_adapter.data.video import probe_video, read_video
 from refalign_adapter.errors import UserError
+from refalign_adapter.media import video
+from refalign_adapter.media.video import probe_video, read_video
 
 
 def write(path, stamps, *, rate=25, codec="mpeg2video", form="mpegts"):

@@ -16,17 +16,18 @@ from tiny_adapter import anatomy, save_tiny_adapter, weights_of
 from tiny_models import tiny_pipeline
 
 import refalign_adapter as ra
-from refalign_adapter.data.dataset import CachedDataset
-from refalign_adapter.data.images import read_image, read_mask
-from refalign_adapter.data.index import index_path, read_index
-from refalign_adapter.data.manifest import load_manifest
-from refalign_adapter.data.video import probe_video, read_video, write_video
+from refalign_adapter.data.cache.dataset import CachedDataset
+from refalign_adapter.data.cache.index import index_path, read_index
+from refalign_adapter.data.sources.manifest import load_manifest
 from refalign_adapter.errors import UserError
 from refalign_adapter.export.folder import open_adapter
-from refalign_adapter.pipelines.prompts import read_prompts
+from refalign_adapter.generation.prompts import read_prompts
+from refalign_adapter.media.images import read_image, read_mask
+from refalign_adapter.media.video import probe_video, read_video
+from refalign_adapter.media.video_file import write_video
+from refalign_adapter.recipes.file import load_recipe
 from refalign_adapter.tensor_files import save_tensors
 from refalign_adapter.training.checkpoint_files import read_state
-from refalign_adapter.training.recipe_file import load_recipe
 
 ODD = [
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, -(10**30), 0.5, 1e300, "", "x", "ä" * 300, "a\0b", "../..", "~",

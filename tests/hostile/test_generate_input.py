@@ -9,10 +9,10 @@ from tiny_adapter import SIZE, picture, save_tiny_adapter
 from tiny_models import save_tiny_pipeline
 
 import refalign_adapter as ra
-from refalign_adapter.pipelines import generate
-from refalign_adapter.pipelines.generate import OPTIONS_NAME, generate_many
-from refalign_adapter.pipelines.options import GenerateOptions, check_models, process_device
-from refalign_adapter.pipelines.prompts import read_prompts, reference_problems
+from refalign_adapter.generation import generate
+from refalign_adapter.generation.generate import OPTIONS_NAME, generate_many
+from refalign_adapter.generation.options import GenerateOptions, check_models, process_device
+from refalign_adapter.generation.prompts import read_prompts, reference_problems
 
 ROW = {"key": "a", "prompt": "a dog", "references": ["a.png"]}
 

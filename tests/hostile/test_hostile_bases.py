@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_pipeline, tiny_dinov2
 
 import refalign_adapter as ra
-from refalign_adapter.data.encoders import load_encoders
-from refalign_adapter.data.options import CacheOptions
+from refalign_adapter.data.cache.encoders import load_encoders
+from refalign_adapter.data.cache.options import CacheOptions
 from refalign_adapter.families._pipeline_folder import open_pipeline
+from refalign_adapter.recipes.schema import Recipe
 from refalign_adapter.teachers.base import load_teacher
 from refalign_adapter.training.base_model import load_transformer, read_base
-from refalign_adapter.training.config import Recipe
 
 
 @pytest.fixture

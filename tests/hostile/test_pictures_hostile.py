@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refalign_adapter.data.images import MAX_PIXELS, read_image, read_mask, read_mask_file
-from refalign_adapter.data.masks import decode_mask
-from refalign_adapter.data.rows import RunLengthMask
-from refalign_adapter.data.video import probe_video, read_video, write_video
+from refalign_adapter.data.sources.masks import decode_mask
+from refalign_adapter.data.sources.rows import RunLengthMask
 from refalign_adapter.errors import UserError
+from refalign_adapter.media.images import MAX_PIXELS, read_image, read_mask, read_mask_file
+from refalign_adapter.media.video import probe_video, read_video
+from refalign_adapter.media.video_file import write_video
 from refalign_adapter.pipelines.references import to_image
 
 

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from refalign_adapter.data.sizes import size_problems
 from refalign_adapter.errors import UserError
-from refalign_adapter.training.recipe_file import load_recipe
+from refalign_adapter.media.sizes import size_problems
+from refalign_adapter.recipes.file import load_recipe
 
 MINIMAL = "pretrained_model_name_or_path: base\noutput_dir: out\ndata: {cache_dir: cache}\n"
 LAUGHS = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else '1'}]" for n in range(12))

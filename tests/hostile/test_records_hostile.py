@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refalign_adapter.data.manifest import read_source, sources_of
-from refalign_adapter.data.masks import check_mask, decode_mask, encode_mask
-from refalign_adapter.data.rows import RunLengthMask
-from refalign_adapter.data.tables import read_records
+from refalign_adapter.data.sources.manifest import read_source, sources_of
+from refalign_adapter.data.sources.masks import check_mask, decode_mask, encode_mask
+from refalign_adapter.data.sources.rows import RunLengthMask
+from refalign_adapter.data.sources.tables import read_records
 from refalign_adapter.errors import UserError
 
 DATA = Path(__file__).parent.parent / "data"

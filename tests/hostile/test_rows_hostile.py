@@ -8,9 +8,9 @@ import unicodedata
 import pytest
 from PIL import Image
 
-from refalign_adapter.data.check import check_data
-from refalign_adapter.data.manifest import load_manifest
-from refalign_adapter.data.options import CacheOptions
+from refalign_adapter.data.cache.options import CacheOptions
+from refalign_adapter.data.check.check import check_data
+from refalign_adapter.data.sources.manifest import load_manifest
 from refalign_adapter.errors import UserError
 
 ROW = {"file_name": "a.mp4", "caption": "a dog runs about", "references": [{"image": "a.png"}]}
@@ -173,7 +173,7 @@ ESCAPES = ["../secret.mp4", "/etc/passwd", "a/../../b.mp4", "~/b.mp4", "..\\b.mp
 @pytest.mark.parametrize("name", ESCAPES)
 def test_a_data_set_of_the_hub_names_nothing_outside_its_folder(folder, monkeypatch, name):
     (folder.parent / "secret.mp4").write_bytes(b"")
-    monkeypatch.setattr("refalign_adapter.data.readers.folder.local_path", lambda *_, **__: folder)
+    monkeypatch.setattr("refalign_adapter.data.sources.readers.folder.local_path", lambda *_, **__: folder)
     table(folder, ROW | {"file_name": name}, ROW | {"references": [{"image": name}]})
     lines = refused("you/data")
     assert sum("outside the data set's folder, which one from the Hub may not" in line for line in lines) == 2

@@ -14,11 +14,11 @@ from tiny_adapter import SIZE, picture, save_tiny_adapter
 from tiny_models import save_tiny_pipeline
 
 import refalign_adapter as ra
-from refalign_adapter import cli
-from refalign_adapter.data.video import read_video
-from refalign_adapter.pipelines import generate, options
-from refalign_adapter.pipelines.generate import OPTIONS_NAME, generate_many, generate_one, seed_of
-from refalign_adapter.pipelines.options import GenerateOptions, check_models, load_pipeline
+from refalign_adapter.commands import app as cli
+from refalign_adapter.generation import generate, options
+from refalign_adapter.generation.generate import OPTIONS_NAME, generate_many, generate_one, seed_of
+from refalign_adapter.generation.options import GenerateOptions, check_models, load_pipeline
+from refalign_adapter.media.video import read_video
 
 SMALL = {**SIZE, "num_inference_steps": 1, "fps": 8, "device": "cpu"}
 

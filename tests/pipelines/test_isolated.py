@@ -10,7 +10,7 @@ from tiny_generation import IMAGES, LATENTS, calls_of, generate, noise
 from tiny_models import tiny_pipeline
 
 import refalign_adapter as ra
-from refalign_adapter.data.references import content_tokens, place_on_canvas, prepare_reference
+from refalign_adapter.media.canvas import content_tokens, place_on_canvas, prepare_reference
 
 VIDEO = LATENTS
 PREFILL = (2, 16, 1, 4, 6)

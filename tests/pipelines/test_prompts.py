@@ -7,7 +7,7 @@ import pytest
 from tiny_adapter import picture
 
 import refalign_adapter as ra
-from refalign_adapter.pipelines.prompts import Prompt, read_prompts
+from refalign_adapter.generation.prompts import Prompt, read_prompts
 
 SAMPLE = Path(__file__).parents[1] / "data" / "opens2v_eval_prompts_sample.json"
 

@@ -11,7 +11,7 @@ from tiny_generation import LATENTS, generate, noise
 from tiny_models import tiny_pipeline
 
 import refalign_adapter as ra
-from refalign_adapter.data.references import prepare_reference
+from refalign_adapter.media.canvas import prepare_reference
 
 STEPS = {"num_inference_steps": 2}
 

@@ -11,7 +11,8 @@ import transformers
 from transformers import Dinov2Config, Dinov2Model
 
 from refalign_adapter.errors import UserError
-from refalign_adapter.teachers.base import Teacher, known_teachers, load_teacher, resample_grid
+from refalign_adapter.grids import resample_grid
+from refalign_adapter.teachers.base import Teacher, known_teachers, load_teacher
 from refalign_adapter.teachers.dinov2 import DINOv2Teacher
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_world import make_world
 
-from refalign_adapter.data.cache import cache_dataset
-from refalign_adapter.data.options import options_of
-from refalign_adapter.training.recipe_file import load_recipe
+from refalign_adapter.data.cache.build import cache_dataset
+from refalign_adapter.recipes.cache_options import options_of
+from refalign_adapter.recipes.file import load_recipe
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
-from refalign_adapter.data.cache import cache_dataset
-from refalign_adapter.data.options import options_of
+from refalign_adapter.data.cache.build import cache_dataset
 from refalign_adapter.errors import UserError
+from refalign_adapter.recipes.cache_options import options_of
+from refalign_adapter.recipes.file import load_recipe
 from refalign_adapter.training.datasource import batches_of_equals, open_data
-from refalign_adapter.training.recipe_file import load_recipe
 from refalign_adapter.training.setup import build_accelerator
 
 

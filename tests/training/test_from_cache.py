@@ -6,13 +6,13 @@ import shutil
 import pytest
 import torch
 
-from refalign_adapter.data.cache import cache_dataset
-from refalign_adapter.data.dataset import collate, open_cache
-from refalign_adapter.data.encode import RowEncoder, RowPreparer, plans_of
-from refalign_adapter.data.encoders import load_encoders
-from refalign_adapter.data.manifest import load_manifest
-from refalign_adapter.data.options import options_of
-from refalign_adapter.training.recipe_file import load_recipe
+from refalign_adapter.data.cache.build import cache_dataset
+from refalign_adapter.data.cache.dataset import collate, open_cache
+from refalign_adapter.data.cache.encode import RowEncoder, RowPreparer, plans_of
+from refalign_adapter.data.cache.encoders import load_encoders
+from refalign_adapter.data.sources.manifest import load_manifest
+from refalign_adapter.recipes.cache_options import options_of
+from refalign_adapter.recipes.file import load_recipe
 from refalign_adapter.training.setup import build_accelerator, build_run
 
 WITHOUT_ENCODERS = """

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from refalign_adapter.branch.attach import ReferenceBranch
-from refalign_adapter.data.cache import cache_dataset
-from refalign_adapter.data.dataset import collate, open_cache
-from refalign_adapter.data.options import options_of
-from refalign_adapter.data.video import read_video
+from refalign_adapter.data.cache.build import cache_dataset
+from refalign_adapter.data.cache.dataset import collate, open_cache
 from refalign_adapter.errors import UserError
+from refalign_adapter.media.video import read_video
+from refalign_adapter.recipes.cache_options import options_of
+from refalign_adapter.recipes.file import load_recipe
 from refalign_adapter.training.interrupt import SignalWatch
 from refalign_adapter.training.loop import DATA_WAIT, endless_batches, optimizer_step, train
-from refalign_adapter.training.recipe_file import load_recipe
 from refalign_adapter.training.setup import build_accelerator, build_run, step_seed
 from refalign_adapter.training.tracking import LossMeter, read_metrics
 from refalign_adapter.training.validation import fixed_noise, fixed_sigmas, validate

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from refalign_adapter.errors import UserError
-from refalign_adapter.training.optimizers import build_optimizer, build_scheduler, find_optimizer
+from refalign_adapter.recipes.optimizers import build_optimizer, build_scheduler, find_optimizer
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from refalign_adapter.batch import Batch
 from refalign_adapter.branch.attach import attach
 from refalign_adapter.errors import ConfigError, UserError
 from refalign_adapter.families.base import load_family
+from refalign_adapter.recipes.schema import Recipe
 from refalign_adapter.training.base_model import load_transformer
-from refalign_adapter.training.config import Recipe
 from refalign_adapter.training.step import StepOptions, TrainingStep
 
 KINDS = {"nf4": (peft_bnb.Linear4bit, torch.uint8), "int8": (peft_bnb.Linear8bitLt, torch.int8)}
@@ -140,7 +140,7 @@ def test_without_bitsandbytes_it_is_told_what_to_install(base, monkeypatch):
 
 
 def test_a_recipe_takes_the_known_kinds_only(tmp_path):
-    from refalign_adapter.training.recipe_file import load_recipe
+    from refalign_adapter.recipes.file import load_recipe
 
     path = tmp_path / "recipe.yaml"
     path.write_text("pretrained_model_name_or_path: base\noutput_dir: out\nquantization: nf5\ndata: {cache_dir: c}\n")

@@ -4,10 +4,10 @@ from dataclasses import astuple
 
 import pytest
 
-from refalign_adapter.data.options import options_of
 from refalign_adapter.errors import ConfigError, UserError
-from refalign_adapter.training import optimizers
-from refalign_adapter.training.recipe_file import changes, flat_values, load_recipe, save_recipe
+from refalign_adapter.recipes.cache_options import options_of
+from refalign_adapter.recipes.file import changes, flat_values, load_recipe, save_recipe
+from refalign_adapter.recipes.shipped import optimizers
 from refalign_adapter.training.setup import step_options
 
 MINIMAL = "pretrained_model_name_or_path: base\noutput_dir: out\ndata: {cache_dir: cache}\n"
@@ -112,7 +112,7 @@ def test_sample_prompts_are_checked_one_by_one(recipe_file):
 
 
 def test_what_the_machine_lacks(recipe_file, monkeypatch):
-    monkeypatch.setattr("refalign_adapter.training.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("refalign_adapter.recipes.checks.find_spec", lambda name: None)
     monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
     path = recipe_file(
         "report_to: [wandb, wandbb]\nresume_from_checkpoint: none\ndata_: 1\n".replace("data_: 1\n", "")

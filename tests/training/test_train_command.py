@@ -12,15 +12,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from refalign_adapter.commands.train import main
 from refalign_adapter.errors import UserError
 from refalign_adapter.export.folder import open_adapter
-from refalign_adapter.recipes import copy_recipe
-from refalign_adapter.train import main
+from refalign_adapter.recipes.file import field_paths, load_recipe
+from refalign_adapter.recipes.shipped import copy_recipe
 from refalign_adapter.training import loop
 from refalign_adapter.training.checkpoint_files import list_checkpoints
 from refalign_adapter.training.interrupt import Interrupted
 from refalign_adapter.training.loop import train
-from refalign_adapter.training.recipe_file import field_paths, load_recipe
 from refalign_adapter.training.setup import build_accelerator, build_run, step_seed
 from refalign_adapter.training.tracking import read_metrics
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refalign_adapter.data.cache import cache_dataset
-from refalign_adapter.data.index import read_index
-from refalign_adapter.data.options import options_of
-from refalign_adapter.data.parts import CHECKSUM, DAMAGED, TENSOR, PartStore, _checksum
-from refalign_adapter.data.verify import verify_cache
+from refalign_adapter.data.cache.build import cache_dataset
+from refalign_adapter.data.cache.index import read_index
+from refalign_adapter.data.cache.parts import CHECKSUM, DAMAGED, TENSOR, PartStore, _checksum
+from refalign_adapter.data.cache.verify import verify_cache
 from refalign_adapter.errors import UserError
+from refalign_adapter.recipes.cache_options import options_of
 from refalign_adapter.tensor_files import save_tensors
 from refalign_adapter.training.datasource import open_data
 from refalign_adapter.training.loop import train

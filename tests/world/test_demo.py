@@ -17,9 +17,9 @@ from rich.console import Console
 
 from refalign_adapter import ConfigError, RefAlignConfig, UserError
 from refalign_adapter.analysis.sensitivity import Sensitivity
-from refalign_adapter.data.video import write_video
+from refalign_adapter.media.video_file import write_video
+from refalign_adapter.recipes.file import load_recipe
 from refalign_adapter.signals import Stopped
-from refalign_adapter.training.recipe_file import load_recipe
 from refalign_adapter.world import demo
 from refalign_adapter.world.demo import DemoOptions, run_demo
 from refalign_adapter.world.demo_measure import FeatureViews, Measured

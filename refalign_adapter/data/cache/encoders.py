@@ -1,0 +1,169 @@
+"""The frozen encoders that make a cache, and their versions: the base's VAE and text encoder, and the teachers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+
+from ...errors import ConfigError, UserError
+from ...families._pipeline_folder import open_pipeline, reading
+from ...families.base import Family, load_family
+from ...hashes import file_digest
+from ...media.canvas import reference_size
+from ...media.sizes import size_misfits
+from ...teachers.base import Teacher, load_teacher
+from .options import DTYPES, CacheOptions, model_id
+
+PIPELINE_CONFIG = "model_index.json"
+FIELD = "base_model"
+
+
+@dataclass
+class Encoders:
+    """What encodes rows, on one device: first captions, then clips and references, as all together need more memory.
+
+    Attributes:
+        family: the base's family.
+        pipe: the base's pipeline without its transformer.
+        patch_size: latent frames, rows and columns that make one token of the base's transformer.
+        teachers: id -> teacher.
+        vae: JSON facts that decide latents.
+        text_encoder: JSON facts that decide text embeddings.
+        device: where encoders work; those that do not wait in host memory.
+    """
+
+    family: Family
+    pipe: Any
+    patch_size: tuple[int, int, int]
+    teachers: dict[str, Teacher] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        self._at_work: str | None = None
+
+    def use(self, kind: str) -> None:
+        """Have the encoders of captions ("text") or of clips and references ("images") on the device, no others."""
+        if self._at_work == kind:
+            return
+        components = [(name, item) for name, item in vars(self.pipe).items() if isinstance(item, nn.Module)]
+        texts = [item for name, item in components if name.startswith("text_encoder")]
+        images = [item for name, item in components if not name.startswith("text_encoder")]
+        come, go = (texts, images) if kind == "text" else (images, texts)
+        for module in go:
+            module.to("cpu")
+        for module in come:
+            module.to(self.device)
+        for teacher in self.teachers.values():
+            teacher.to("cpu" if kind == "text" else self.device)
+        self._at_work = kind
+
+    def canvas_size(self, options: CacheOptions) -> tuple[int, int]:
+        """Height and width of a reference's canvas in pixels."""
+        _, rows, columns = self.family.size_multiples(self.pipe, self.patch_size)
+        return reference_size(options.height, options.width, options.reference_scale, (rows, columns))
+
+    def token_grid(self, options: CacheOptions) -> tuple[int, int]:
+        """Rows and columns of tokens that the base's transformer makes of a reference."""
+        _, rows, columns = self.family.size_multiples(self.pipe, self.patch_size)
+        height, width = self.canvas_size(options)
+        return height // rows, width // columns
+
+    def check_sizes(self, options: CacheOptions) -> None:
+        """Refuse sizes that the base cannot cut into tokens.
+
+        Raises:
+            ConfigError: lists every such size, each with the nearest that fits.
+        """
+        multiples = self.family.size_multiples(self.pipe, self.patch_size)
+        problems = [problem for size in options.sizes for problem in size_misfits(size, multiples)]
+        if options.buckets:
+            problems = [f"data.buckets {problem}" for problem in problems]
+        if problems:
+            raise ConfigError(list(dict.fromkeys(problems)))
+
+
+def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> Encoders:
+    """Load VAE, text encoder and teachers, to work on `device`; the base's transformer is only asked for its config.
+
+    Raises:
+        UserError: a base or teacher that cannot be read or is not supported.
+        ConfigError: sizes that the base cannot cut into tokens.
+    """
+    name = options.base_model
+    family, patch_size = _read_base(options)
+    text_dtype = DTYPES[options.text_encoder_dtype]
+    base = open_pipeline(
+        name, field=FIELD, revision=options.revision, weights=("vae", "text_encoder"), variant=options.variant
+    )
+    with reading(name, FIELD):
+        pipe = family.load_encoders(
+            str(base.path), variant=options.variant, dtype={"vae": torch.float32, "default": text_dtype}
+        )
+    teachers = {teacher: load_teacher(teacher, layer=options.teacher_layer) for teacher in options.teachers}
+    facts = {"id": model_id(name), "variant": options.variant}
+    encoders = Encoders(
+        family,
+        pipe,
+        patch_size,
+        teachers,
+        vae={**facts, "version": version_of(options, ("vae",)), "dtype": "fp32"},
+        text_encoder={
+            **facts,
+            "version": version_of(options, ("text_encoder", "tokenizer")),
+            "dtype": options.text_encoder_dtype,
+        },
+        device=device,
+    )
+    encoders.check_sizes(options)
+    return encoders
+
+
+def _read_base(options: CacheOptions) -> tuple[Family, tuple[int, int, int]]:
+    """The base's family and patch size, from its configs alone."""
+    base = open_pipeline(options.base_model, field=FIELD, revision=options.revision)
+    transformer_class: Any = base.component_class("transformer")
+    family = load_family(getattr(transformer_class, "__name__", "None"), options.family)
+    if problem := family.pipeline_problem(SimpleNamespace(config=base.index)):
+        raise UserError(problem)
+    with reading(options.base_model, FIELD), torch.device("meta"):
+        transformer = transformer_class.from_config(base.config("transformer"))
+    load_family(transformer, options.family)
+    return family, family.patch_size(transformer)
+
+
+def version_of(
+    options: CacheOptions, components: tuple[str, ...], file_digest: Callable[[str | Path], str] = file_digest
+) -> str | None:
+    """What version of a base's components is here: the Hub's commit, or a digest of a local folder's files.
+
+    Args:
+        options: name the base.
+        components: beginnings of the subfolders' names, such as "tokenizer".
+        file_digest: a file's sha256; `digests.FileDigests` reads no file twice that has not changed.
+
+    Returns:
+        None when the base is neither a folder with their weights nor in the Hub's cache.
+    """
+    if not os.path.isdir(options.base_model):
+        path = try_to_load_from_cache(options.base_model, PIPELINE_CONFIG, revision=options.revision)
+        return Path(path).parent.name if isinstance(path, str) else None
+    digest = hashlib.sha256()
+    inside = sorted(path for path in Path(options.base_model).glob("*/*") if path.parent.name.startswith(components))
+    if not any(path.suffix == ".safetensors" for path in inside):
+        return None
+    for path in inside:
+        if path.is_file():
+            digest.update(f"{path.parent.name}/{path.name}".encode())
+            digest.update(bytes.fromhex(file_digest(path)))
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,175 @@
+"""What a cache says of itself: `meta.json`, and an index line per row so that training plans without opening files.
+
+cache_dir/meta.json               options, versions of the encoders, the empty text's part
+cache_dir/index-<split>.jsonl     rows in the manifest's order
+
+Both are data that anyone may have written: they are checked by type and range, and a part's key is never a path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError, shorten
+from ...files import atomic_file
+from ...json_files import parse_json, read_json
+from .options import ADDED, DTYPES
+from .parts import KEY
+
+META_NAME = "meta.json"
+FORMAT = 1
+"""Raised when what a cache holds changes its meaning: all of it is then made anew."""
+
+REMEDY = "run `refalign cache --config …`"
+
+
+@dataclass(frozen=True)
+class RowParts:
+    """Keys of a row's parts (see `PartStore`); `teachers` by teacher id, `tokens` None where all are kept."""
+
+    video: str
+    references: str
+    text: str
+    teachers: dict[str, str]
+    tokens: str | None = None
+
+    def files(self) -> list[tuple[str, str]]:
+        """(part, key) of every file."""
+        parts = [("video", self.video), ("references", self.references), ("text", self.text)]
+        parts += [("teacher", key) for key in self.teachers.values()]
+        return parts + ([("tokens", self.tokens)] if self.tokens else [])
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """One row of the cache.
+
+    Attributes:
+        key: the row's name, by its content.
+        file_name, line: the clip and where its row stands in the manifest.
+        parts: which files hold it.
+        shape: of its video latents: channels, frames, height, width.
+        variants: augmented versions of its references.
+        subjects: a number per reference; equal ones are views of one subject.
+        source: which of the manifest's sources it is from, counted from 0.
+    """
+
+    key: str
+    file_name: str
+    line: int
+    parts: RowParts
+    shape: tuple[int, ...]
+    variants: int
+    subjects: tuple[int, ...]
+    source: int = 0
+
+    def place(self, split: str) -> str:
+        """The row in a message."""
+        return f"{split} line {self.line} ({self.file_name})"
+
+
+def index_path(cache_dir: str | Path, split: str) -> Path:
+    """Where a split's index is."""
+    return Path(cache_dir) / f"index-{split}.jsonl"
+
+
+def write_index(cache_dir: str | Path, split: str, entries: Iterable[IndexEntry]) -> None:
+    """Write a split's index, atomically."""
+    with atomic_file(index_path(cache_dir, split)) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(_values(entry)) + "\n" for entry in entries)
+
+
+def read_index(cache_dir: str | Path, split: str) -> list[IndexEntry]:
+    """Read a split's index.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = index_path(cache_dir, split)
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [_entry(parse_json(line)) for line in file]
+    except FileNotFoundError:
+        raise UserError(f"cache_dir: {str(cache_dir)!r} has no {split} rows; {REMEDY}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cache_dir: {str(path)!r} is damaged ({_reason(error)}); {REMEDY}") from None
+
+
+def _values(entry: IndexEntry) -> dict[str, Any]:
+    values = asdict(entry)
+    if entry.parts.tokens is None:
+        del values["parts"]["tokens"]  # as it was before there were any
+    if not entry.source:
+        del values["source"]
+    return values
+
+
+def _entry(values: dict[str, Any]) -> IndexEntry:
+    """The entry of a line.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    parts = RowParts(**values["parts"])
+    shape, subjects = tuple(values["shape"]), tuple(values["subjects"])
+    entry = IndexEntry(**{**values, "parts": parts, "shape": shape, "subjects": subjects})
+    keys = [entry.key, parts.video, parts.references, parts.text, *parts.teachers.values()]
+    wrong = [key for key in [*keys, *([parts.tokens] if parts.tokens is not None else [])] if not _is_key(key)]
+    counts = {"line": (entry.line, 0), "variants": (entry.variants, 1), "source": (entry.source, 0)}
+    wrong += [name for name, (value, least) in counts.items() if not _is_count(value, least)]
+    if len(shape) != 4 or not all(_is_count(side, 1) for side in shape) or not isinstance(entry.file_name, str):
+        wrong.append("shape or file_name")
+    if not subjects or not all(_is_count(number, 0) for number in subjects):
+        wrong.append("subjects")
+    if wrong:
+        raise ValueError(f"a row's {shorten(wrong[0])}")
+    return entry
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, str) and KEY.fullmatch(value) is not None
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**31
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def read_meta(cache_dir: str | Path) -> dict[str, Any]:
+    """Read `meta.json`; options that it does not mention because they came later are those it was made with.
+
+    Raises:
+        UserError: there is no cache, or it is damaged.
+    """
+    path = Path(cache_dir) / META_NAME
+    if not path.is_file():
+        raise UserError(f"cache_dir: there is no finished cache in {str(cache_dir)!r}; {REMEDY}")
+    meta = read_json(path, "cache_dir")
+    if isinstance(meta, dict) and meta.get("format") != FORMAT:
+        raise UserError(f"cache_dir: {str(cache_dir)!r} was made by another version of this package; {REMEDY}")
+    if not isinstance(meta, dict) or not _is_meta(meta):
+        raise UserError(f"cache_dir: {str(path)!r} is damaged; {REMEDY}")
+    return {**meta, "options": {**ADDED, **meta["options"]}}
+
+
+def _is_meta(meta: dict[str, Any]) -> bool:
+    """Whether everything that readers take from it is of the right type."""
+    sections = {name: meta.get(name) for name in ("options", "teachers", "manifests", "provenance")}
+    if not all(isinstance(value, dict) for value in sections.values()):
+        return False
+    video = meta["provenance"].get("video")
+    return (
+        _is_key(meta.get("empty_text"))
+        and all(_is_count(width, 1) for width in meta["teachers"].values())
+        and _is_count(meta["options"].get("max_sequence_length"), 1)
+        and isinstance(video, dict)
+        and isinstance(video.get("dtype"), str)
+        and video["dtype"] in DTYPES
+    )
