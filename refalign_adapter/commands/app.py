@@ -11,6 +11,9 @@ import typer
 
 from ..errors import UserError
 from ..signals import ended_by_signals, stopping_means, tell
+from .arguments import Overrides
+from .estimate import estimate
+from .generate import generate
 
 app = typer.Typer(
     name="refalign",
@@ -24,10 +27,6 @@ recipes_app = typer.Typer(help="Training recipes that come with the package.", n
 app.add_typer(recipes_app, name="recipes")
 data_app = typer.Typer(help="Look after training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Recipe fields to change: key=value, dotted for sections.")
-]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -141,102 +140,8 @@ def cache(
             run(config, overrides or [], rehash=rehash)
 
 
-@app.command()
-def generate(
-    base: Annotated[str, typer.Option(help="Diffusers folder or Hub id of the text-to-video model.")],
-    adapter: Annotated[str, typer.Option(help="Adapter folder or Hub id.")],
-    output: Annotated[Path, typer.Option(help="An .mp4 file; with --prompts a folder.")],
-    prompt: Annotated[str | None, typer.Option(help="What happens in the video.")] = None,
-    reference: Annotated[list[str] | None, typer.Option(help="A reference image; repeat for more.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Many videos: JSONL of key, prompt, references; or OpenS2V-Eval's JSON.")
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="In place of the empty text.")] = None,
-    height: Annotated[int, typer.Option(help="Pixels.")] = 480,
-    width: Annotated[int, typer.Option(help="Pixels.")] = 832,
-    num_frames: Annotated[int, typer.Option(help="Frames, 4 k + 1 for Wan.")] = 81,
-    fps: Annotated[float, typer.Option(help="Frames per second of the file.")] = 16,
-    num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="How strongly the prompt pulls; 1 turns it off.")] = 7.5,
-    image_guidance_scale: Annotated[
-        float, typer.Option(help="How strongly the references pull; 1 turns it off.")
-    ] = 5.0,
-    guidance_interval: Annotated[
-        tuple[float, float], typer.Option(help="Start and stop of guidance, as shares of the steps.")
-    ] = (0.0, 1.0),
-    batch_guidance: Annotated[
-        bool, typer.Option("--batch-guidance", help="Run guidance passes together, with more memory.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; the GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; bf16 on a GPU, else fp32.")] = None,
-    offload: Annotated[str, typer.Option(help="none or model: less GPU memory, slower.")] = "none",
-    variant: Annotated[str | None, typer.Option(help="Of the base's weight files, such as fp16.")] = None,
-    revision: Annotated[str | None, typer.Option(help="The base's revision on the Hub.")] = None,
-    adapter_revision: Annotated[str | None, typer.Option(help="The adapter's revision on the Hub.")] = None,
-) -> None:
-    """Generate one video from --prompt and --reference, or one for every row of --prompts.
-
-    With --prompts, videos that exist are kept, and `accelerate launch -m refalign_adapter generate …` shares the
-    rows out among its processes.
-    """
-    values = dict(locals())
-    one = (prompt, reference)
-    if (prompt is None) == (prompts is None):
-        raise UserError("generate: give either --prompt with --reference, or --prompts FILE")
-    if prompts is not None and any(one):
-        raise UserError("generate: --reference goes with --prompt; a prompt file names its own references")
-    from ..generation.generate import GenerateOptions, generate_many, generate_one
-
-    options = GenerateOptions(
-        **{name: values[name] for name in GenerateOptions.__dataclass_fields__ if name in values}
-    )
-    if prompts is None:
-        print(generate_one(options, prompt or "", reference or [], output))
-        return
-    with stopping_means("finished videos are whole; run the same command again to go on"):
-        generate_many(options, prompts, output, report=print)
-
-
-@app.command()
-def estimate(
-    config: Annotated[Path, typer.Option(help="The recipe (YAML).")],
-    overrides: Overrides = None,
-    gpu_memory: Annotated[
-        float | None,
-        typer.Option(help="GB (1e9 bytes) of one GPU, to tell whether training fits; that of the GPU here."),
-    ] = None,
-    processes: Annotated[int | None, typer.Option(help="Of the run, one per GPU; as many as GPUs here.")] = None,
-    rows: Annotated[int | None, typer.Option(help="Of the data; counted where its tables are here.")] = None,
-    step_time: Annotated[float | None, typer.Option(help="Seconds of one optimizer step, for the hours.")] = None,
-    measure: Annotated[
-        int | None, typer.Option(help="Run so many optimizer steps here with random batches, for the same.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
-) -> None:
-    """Tell what training will need: GPU memory, disk, host memory, hours. Exits with 1 if it does not fit.
-
-    A step is simulated, without weights, data or a GPU. Where it does not fit, changes of the recipe are tried.
-    """
-    import json as json_module
-
-    from rich.console import Console
-
-    from ..estimate.estimate import make_estimate
-    from ..estimate.report import show, to_json
-    from ..estimate.setting import Asked
-    from ..recipes.file import load_recipe
-
-    asked = Asked(processes, gpu_memory, rows, step_time, measure)
-    recipe = load_recipe(config, overrides or [])
-    with Console(stderr=True).status("") as status:
-        found = make_estimate(recipe, asked, status.update)
-    if json:
-        print(json_module.dumps(to_json(found), indent=2))
-    else:
-        show(found, Console())
-    if found.fits is False:
-        raise typer.Exit(1)
+app.command()(generate)
+app.command()(estimate)
 
 
 @app.command()
