@@ -15,12 +15,13 @@ from torch import nn
 from ..data.cache.encoders import Encoders
 from ..data.cache.options import DTYPES, CacheOptions
 from ..errors import UserError
-from ..families._pipeline_folder import PipelineFolder, open_pipeline, reading
-from ..families.base import Family, load_family
+from ..families._base_model import read_base_model
+from ..families._pipeline_folder import PipelineFolder, reading
+from ..families.base import Family
 from ..recipes.schema import Recipe
 from ..teachers._hub import local_folder, read_config, read_processor
 from ..teachers.base import Teacher, known_teachers
-from ..training.base_model import FIELD, read_base
+from ..training.base_model import FIELD
 
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 
@@ -30,7 +31,7 @@ class Models:
     """What a recipe's configs say of its models.
 
     Attributes:
-        family, shift: of the base, see `read_base`.
+        family, shift: of the base, see `BaseModel`.
         transformer_class, transformer_config: the base's transformer.
         channels, text_width: of the transformer's latents and of the prompt embeddings it takes.
         encoders: VAE, text encoder and teachers on meta, in the types in which a cache is made.
@@ -62,26 +63,27 @@ def read_models(recipe: Recipe, options: CacheOptions) -> Models:
         UserError: a base or teacher that cannot be read or is not supported.
         ConfigError: sizes that the base cannot cut into tokens.
     """
-    family, shift = read_base(recipe)
+    base = read_base_model(options.base_model, field=FIELD, revision=options.revision, family=recipe.family)
+    shift = base.flow_shift() if recipe.flow.shift is None else recipe.flow.shift
     with _told(recipe):
-        base = open_pipeline(options.base_model, field=FIELD, revision=options.revision)
-        transformer_class: Any = base.component_class("transformer")
-        config = base.config("transformer")
-        with torch.device("meta"):
-            transformer = transformer_class.from_config(config)
-            vae_class: Any = base.component_class("vae")
-            vae = vae_class.from_config(base.config("vae"))
-        text_encoder = _text_encoder(base, options)
-    load_family(transformer, recipe.family)  # refuses variants
+        vae, text_encoder = base.component("vae"), _text_encoder(base.folder, options)
     encoders = Encoders(
-        family,
+        base.family,
         SimpleNamespace(vae=vae, text_encoder=text_encoder),
-        family.patch_size(transformer),
+        base.patch_size,
         {name: read_teacher(name, options.teacher_layer) for name in options.teachers},
     )
     encoders.check_sizes(options)
-    widths = transformer.config.in_channels, family.text_width(transformer)
-    return Models(family, shift, transformer_class, config, *widths, encoders)
+    transformer = base.transformer
+    return Models(
+        base.family,
+        shift,
+        type(transformer),
+        base.folder.config("transformer"),
+        transformer.config.in_channels,
+        base.family.text_width(transformer),
+        encoders,
+    )
 
 
 def _text_encoder(base: PipelineFolder, options: CacheOptions) -> nn.Module:

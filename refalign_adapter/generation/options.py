@@ -13,8 +13,9 @@ from ..branch.attach import fit_config
 from ..data.cache.options import DTYPES
 from ..errors import ConfigError, UserError
 from ..export.folder import open_adapter
+from ..families._base_model import read_base_model
 from ..families._pipeline_folder import open_pipeline, reading
-from ..families.base import Family, load_family
+from ..families.base import Family
 from ..media.sizes import Size, size_misfits
 from ..pipelines.base import MAX_REFERENCES
 from ..pipelines.guidance import ALL_STEPS, check_scales
@@ -127,18 +128,13 @@ def check_models(options: GenerateOptions) -> Family:
         UserError: a base or adapter that cannot be read, that cannot take references, or that do not fit each other.
     """
     adapter = open_adapter(options.adapter, revision=options.adapter_revision)
-    base = open_pipeline(options.base, field="base", revision=options.revision)
-    transformer_class: Any = base.component_class("transformer")
-    family = load_family(getattr(transformer_class, "__name__", "None"))
-    if problem := family.pipeline_problem(SimpleNamespace(config=base.index)):
-        raise UserError(problem)
+    base = read_base_model(options.base, field="base", revision=options.revision)
     with reading(options.base, "base"), torch.device("meta"):
-        transformer = transformer_class.from_config(base.config("transformer"))
-        fit_config(transformer, adapter.config)
-        check_fits(transformer, family, adapter)
-        if (vae_class := base.component_class("vae")) is not None:
-            _check_size(options, family, transformer, vae_class.from_config(base.config("vae")))  # pyright: ignore
-    return family
+        fit_config(base.transformer, adapter.config)
+        check_fits(base.transformer, base.family, adapter)
+    if (vae := base.component("vae")) is not None:
+        _check_size(options, base.family, base.transformer, vae)
+    return base.family
 
 
 def _check_size(options: GenerateOptions, family: Family, transformer: Any, vae: Any) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from ..errors import UserError
+from ..families._base_model import read_base_model
 from ..families._pipeline_folder import open_pipeline, reading
-from ..families.base import Family, load_family
+from ..families.base import Family
 from ..recipes.schema import Recipe
 from .quantization import check_machine, quantization_config
 
@@ -24,18 +23,10 @@ def read_base(recipe: Recipe) -> tuple[Family, float]:
     Raises:
         UserError: a base that cannot be read, or that no family knows or supports.
     """
-    name = recipe.pretrained_model_name_or_path
-    base = open_pipeline(name, field=FIELD, revision=recipe.revision)
-    family = load_family(getattr(base.component_class("transformer"), "__name__", "None"), recipe.family)
-    if problem := family.pipeline_problem(SimpleNamespace(config=base.index)):
-        raise UserError(problem)
-    if recipe.flow.shift is not None:
-        return family, recipe.flow.shift
-    scheduler: Any = base.component_class("scheduler")
-    if scheduler is None:
-        raise UserError(f"{FIELD}: {name!r} has no scheduler; set flow.shift")
-    with reading(name, FIELD):
-        return family, family.flow_shift(scheduler.from_pretrained(base.path, subfolder="scheduler"))
+    base = read_base_model(
+        recipe.pretrained_model_name_or_path, field=FIELD, revision=recipe.revision, family=recipe.family
+    )
+    return base.family, base.flow_shift() if recipe.flow.shift is None else recipe.flow.shift
 
 
 def load_transformer(recipe: Recipe, family: Family, dtype: torch.dtype) -> Any:

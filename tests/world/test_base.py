@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from pretrain import evaluation_videos, normalise
+from pretrain_teacher import draw_stills, retrieval_accuracy
+from pretrain_vae import encode, psnr
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 from refalign_adapter.errors import UserError
 from refalign_adapter.world.base import ASSETS, pack, unpack_base, unpack_teacher
-from refalign_adapter.world.pretrain import evaluation_videos, normalise
-from refalign_adapter.world.pretrain_teacher import draw_stills, retrieval_accuracy
-from refalign_adapter.world.pretrain_vae import encode, psnr
 
 # Bars a little below what the shipped weights measure.
 VIDEO_PSNR = 19.0

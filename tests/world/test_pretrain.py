@@ -2,12 +2,11 @@
 
 from typing import Any
 
+import pretrain as script
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
+from pretrain_vae import CONFIG, single_frames_as_images, treat_frames_as_images
 from transformers import AutoModel
-
-from refalign_adapter.world import pretrain as script
-from refalign_adapter.world.pretrain_vae import CONFIG, single_frames_as_images, treat_frames_as_images
 
 
 def test_the_script_writes_a_pipeline_a_teacher_and_their_packed_files(tmp_path, monkeypatch):

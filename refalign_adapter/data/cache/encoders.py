@@ -7,16 +7,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from ...errors import ConfigError, UserError
+from ...errors import ConfigError
+from ...families._base_model import read_base_model
 from ...families._pipeline_folder import open_pipeline, reading
-from ...families.base import Family, load_family
+from ...families.base import Family
 from ...hashes import file_digest
 from ...media.canvas import reference_size
 from ...media.sizes import size_misfits
@@ -101,21 +101,21 @@ def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> 
         ConfigError: sizes that the base cannot cut into tokens.
     """
     name = options.base_model
-    family, patch_size = _read_base(options)
+    model = read_base_model(name, field=FIELD, revision=options.revision, family=options.family)
     text_dtype = DTYPES[options.text_encoder_dtype]
     base = open_pipeline(
         name, field=FIELD, revision=options.revision, weights=("vae", "text_encoder"), variant=options.variant
     )
     with reading(name, FIELD):
-        pipe = family.load_encoders(
+        pipe = model.family.load_encoders(
             str(base.path), variant=options.variant, dtype={"vae": torch.float32, "default": text_dtype}
         )
     teachers = {teacher: load_teacher(teacher, layer=options.teacher_layer) for teacher in options.teachers}
     facts = {"id": model_id(name), "variant": options.variant}
     encoders = Encoders(
-        family,
+        model.family,
         pipe,
-        patch_size,
+        model.patch_size,
         teachers,
         vae={**facts, "version": version_of(options, ("vae",)), "dtype": "fp32"},
         text_encoder={
@@ -127,19 +127,6 @@ def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> 
     )
     encoders.check_sizes(options)
     return encoders
-
-
-def _read_base(options: CacheOptions) -> tuple[Family, tuple[int, int, int]]:
-    """The base's family and patch size, from its configs alone."""
-    base = open_pipeline(options.base_model, field=FIELD, revision=options.revision)
-    transformer_class: Any = base.component_class("transformer")
-    family = load_family(getattr(transformer_class, "__name__", "None"), options.family)
-    if problem := family.pipeline_problem(SimpleNamespace(config=base.index)):
-        raise UserError(problem)
-    with reading(options.base_model, FIELD), torch.device("meta"):
-        transformer = transformer_class.from_config(base.config("transformer"))
-    load_family(transformer, options.family)
-    return family, family.patch_size(transformer)
 
 
 def version_of(

@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch import Tensor
 from torch.nn import functional
 
-from .scenes import draw_clip
+from refalign_adapter.world.scenes import draw_clip
 
 CONFIG: dict[str, Any] = {
     "base_dim": 32,

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from pretrain_vae import STILL_PLACE
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from ..flow import TIMESTEPS, flow_loss, interpolate, sample_sigmas, velocity_target
-from .pretrain_vae import STILL_PLACE
-from .scenes import BACKGROUNDS, MOTIONS
-from .subjects import KINDS
+from refalign_adapter.flow import TIMESTEPS, flow_loss, interpolate, sample_sigmas, velocity_target
+from refalign_adapter.world.scenes import BACKGROUNDS, MOTIONS
+from refalign_adapter.world.subjects import KINDS
 
 SHIFT = 3.0
 TEXT_CONFIG: dict[str, Any] = {

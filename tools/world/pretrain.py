@@ -1,4 +1,4 @@
-"""Reproduce the shipped base and teacher: `python -m refalign_adapter.world.pretrain --output DIR`.
+"""Reproduce the shipped base and teacher: `python tools/world/pretrain.py --output DIR`.
 
 Draws the world's training split, trains VAE, teacher, and text encoder with transformer, and writes `DIR/base` (a
 `WanPipeline` folder), `DIR/teacher` and `DIR/assets` (what ships in the package). A teacher or VAE whose folder exists
@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+from pretrain_teacher import PREPROCESSOR, draw_stills, retrieval_accuracy, train_teacher
+from pretrain_transformer import SHIFT, TextToVideo, train_text_to_video
+from pretrain_vae import draw_world, encode, psnr, set_latent_statistics, single_frames_as_images, train_vae
 from torch import Tensor
 
-from ..json_files import read_json, write_json
-from .base import pack
-from .pretrain_teacher import PREPROCESSOR, draw_stills, retrieval_accuracy, train_teacher
-from .pretrain_transformer import SHIFT, TextToVideo, train_text_to_video
-from .pretrain_vae import draw_world, encode, psnr, set_latent_statistics, single_frames_as_images, train_vae
-from .scenes import draw_clip
+from refalign_adapter.json_files import read_json, write_json
+from refalign_adapter.world.base import pack
+from refalign_adapter.world.scenes import draw_clip
 
 SIZE, NUM_FRAMES, CHANNELS = 64, 9, 16
 TEACHER_STEPS, TEACHER_SUBJECTS = 1200, 2500

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Dinov2Config, Dinov2Model
 
-from .scenes import BACKGROUNDS, SUPERSAMPLING, draw_background, draw_reference
-from .subjects import KINDS, LOOKS, random_subject
+from refalign_adapter.world.scenes import BACKGROUNDS, SUPERSAMPLING, draw_background, draw_reference
+from refalign_adapter.world.subjects import KINDS, LOOKS, random_subject
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 128,
