@@ -1,20 +1,16 @@
-"""What the passes of a generation's steps see, encoded.
+"""References as the passes of a generation's steps are given them.
 
 Shape letters: B prompts times videos per prompt, C latent channels, M references, h and w their latents' height and
-width, S text tokens, D text width.
+width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..branch.reference_cache import ReferenceCache
-from .guidance import GuidancePass
 
 
 @dataclass(frozen=True)
@@ -45,26 +41,3 @@ class EncodedReferences:
             return replace(self, given=self.given.repeat(passes) if len(self.given) > 1 else self.given)
         mask = None if self.mask is None else self.mask.repeat(passes, 1)
         return EncodedReferences(self.given.repeat(passes, 1, 1, 1, 1), mask)
-
-
-@dataclass
-class Conditions:
-    """What passes see. A user's callback may replace the embeddings.
-
-    Attributes:
-        prompt_embeds, negative_prompt_embeds: (B, S, D); the latter None when no pass needs it.
-        references: None without.
-        attention_kwargs: handed to the transformer.
-    """
-
-    prompt_embeds: Tensor
-    negative_prompt_embeds: Tensor | None
-    references: EncodedReferences | None
-    attention_kwargs: dict[str, Any] | None = None
-
-    def texts(self, passes: Sequence[GuidancePass]) -> Tensor:
-        """(passes · B, S, D), pass by pass."""
-        texts = [self.prompt_embeds if item.text else self.negative_prompt_embeds for item in passes]
-        given = [text for text in texts if text is not None]
-        assert len(given) == len(passes), "a pass without a negative prompt"
-        return given[0] if len(given) == 1 else torch.cat(given)

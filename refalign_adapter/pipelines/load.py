@@ -14,8 +14,8 @@ from ..errors import UserError, shorten
 from ..export.folder import open_adapter
 from ..families.base import Family, load_family
 from .adapters import switch_on
-from .base import build_pipeline
 from .merge import HOOKED, MERGED, merged_into
+from .reference_class import build_pipeline
 from .weights import check_fits, load_weights, weights_digest
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def load_adapter(
         revision, token: of the Hub.
 
     Returns:
-        A `ReferencePipeline`, for Wan a `WanReferencePipeline`.
+        A `ReferencePipeline` that is of the pipeline's own class too: of a `WanPipeline` a `WanReferencePipeline`.
 
     Raises:
         UserError: no adapter there but something else (said is what it is and what opens it), one made for another
@@ -66,7 +66,7 @@ def load_adapter(
     state = folder.tensors()
     digest = weights_digest(state)
     inside = _is_inside(transformer, digest)
-    made = build_pipeline(pipe, family)
+    made = build_pipeline(pipe)
     trainable, active = trainable_state(transformer), active_adapters(transformer)
     older = [branch.adapter_name for branch in switched_on(transformer)]
     try:
