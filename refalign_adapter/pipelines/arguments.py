@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import ConfigError, UserError, shorten
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
-COUNTS = ("num_inference_steps", "num_videos_per_prompt")
+COUNTS = ("num_inference_steps", "num_videos_per_prompt", "max_sequence_length")
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 
 
@@ -60,6 +60,9 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any], prompts: int) -> No
     kwargs = arguments.get("attention_kwargs")
     if kwargs is not None and not isinstance(kwargs, dict):
         raise UserError(f"attention_kwargs must be a mapping, got {type(kwargs).__name__}")
+    callback = arguments.get("callback_on_step_end")
+    if callback is not None and not callable(callback):
+        raise UserError(f"callback_on_step_end: expected a function, got {type(callback).__name__}")
     needs_text = arguments.get("prompt") is not None or isinstance(arguments.get("negative_prompt"), (str, list))
     if needs_text and getattr(pipe, "text_encoder", None) is None:
         raise UserError("prompt: the pipeline has no text encoder; give prompt_embeds and negative_prompt_embeds")

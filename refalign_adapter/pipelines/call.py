@@ -32,6 +32,7 @@ LOOP = ("_guidance_scale", "_attention_kwargs", "_current_timestep", "_interrupt
 class ReferenceCall(ReferencePipeline):
     """Mixed into a diffusers pipeline class, in front of it; `reference_class` does that."""
 
+    stock: type
     _guide: GuidedCalls | None = None
 
     def __call__(
@@ -158,6 +159,11 @@ class ReferenceCall(ReferencePipeline):
 
     def _check_tensors(self, arguments: dict[str, Any], prompts: int, size: tuple[int, int, int]) -> None:
         """Refuse latents and embeddings of shapes that the transformer does not take."""
+        width = self._family.text_width(self.transformer)
+        for name in EMBEDS:
+            embeds = arguments.get(name)
+            if embeds is not None and (embeds.ndim != 3 or embeds.shape[-1] != width):
+                raise UserError(f"{name} must be (prompts, tokens, {width}) for this base, got {tuple(embeds.shape)}")
         latents = arguments.get("latents")
         if latents is not None:
             shape = self._family.latents_shape(
@@ -166,11 +172,6 @@ class ReferenceCall(ReferencePipeline):
             if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
                 got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
                 raise UserError(f"latents must have shape {shape} for this video, got {got}")
-        width = self._family.text_width(self.transformer)
-        for name in EMBEDS:
-            embeds = arguments.get(name)
-            if embeds is not None and (embeds.ndim != 3 or embeds.shape[-1] != width):
-                raise UserError(f"{name} must be (prompts, tokens, {width}) for this base, got {tuple(embeds.shape)}")
 
     @contextmanager
     def _remembered(self) -> Iterator[None]:

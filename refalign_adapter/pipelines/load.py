@@ -99,6 +99,11 @@ def _check_pipeline(pipe: Any, adapter_name: str) -> Family:
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(pipe, diffusers.DiffusionPipeline) or transformer is None:
         raise UserError(f"pipe: expected a diffusers pipeline with a transformer, got {type(pipe).__name__}")
+    if hasattr(transformer, "_orig_mod"):
+        raise UserError(
+            "pipe: its transformer is compiled, which hides its layers; load the adapter first, and compile then, "
+            "best with pipe.transformer.compile_repeated_blocks()"
+        )
     family = load_family(transformer)
     if problem := family.pipeline_problem(pipe):
         raise UserError(problem)

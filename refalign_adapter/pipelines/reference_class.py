@@ -18,14 +18,14 @@ def reference_class(stock: type) -> type:
     if issubclass(stock, ReferenceCall):
         return stock
     name = stock.__name__.removesuffix("Pipeline") + "ReferencePipeline"
-    made = type(name, (ReferenceCall, stock), {"__module__": __name__, "__call__": _documented(stock)})
+    made = type(name, (ReferenceCall, stock), {"__module__": __name__, "__call__": _documented(stock), "stock": stock})
     made.__doc__ = f"`{stock.__name__}` that takes reference images; `load_adapter` makes it from one."
     return made
 
 
-def stock_class(pipe: Any) -> type:
+def stock_class(pipe: Any) -> Any:
     """The class of a reference pipeline without the references; that of any other as it is."""
-    return next(cls for cls in type(pipe).__mro__ if not issubclass(cls, ReferenceCall))
+    return getattr(type(pipe), "stock", type(pipe))
 
 
 def build_pipeline(pipe: Any, cls: type | None = None, **replaced: Any) -> Any:
