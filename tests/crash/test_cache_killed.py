@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from listening import wait_until_it_listens
 from tiny_data import write_data
 from tiny_models import save_tiny_pipeline, tiny_dinov2
 
@@ -81,6 +82,8 @@ def disturb(world, cache, seed, turns):
                 time.sleep(generator.random() * 0.05)
                 break
             time.sleep(0.002)
+        if number != signal.SIGKILL:
+            wait_until_it_listens(process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         endings.append((number, process.returncode, errors))
