@@ -68,6 +68,11 @@ def content(cache):
     return {str(path.relative_to(cache)): path.read_bytes() for path in files}
 
 
+def count_parts(cache):
+    """Safe while the cache is written: unlike glob, walk passes over folders that have just gone."""
+    return sum(name.endswith(".safetensors") for _, _, names in os.walk(cache) for name in names)
+
+
 def disturb(world, cache, seed, turns):
     """Stop runs at random moments, then let one finish; returns how they ended."""
     generator = random.Random(seed)
@@ -78,7 +83,7 @@ def disturb(world, cache, seed, turns):
         parts = generator.randrange(0, ROWS * 3)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
-            if len(list(Path(cache).rglob("*.safetensors"))) >= parts:
+            if count_parts(cache) >= parts:
                 time.sleep(generator.random() * 0.05)
                 break
             time.sleep(0.002)
