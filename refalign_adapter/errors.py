@@ -14,6 +14,13 @@ class WriteError(UserError):
     """A file that could not be written: a full disk, a read-only or vanished folder. What was there is whole."""
 
 
+class ReadError(UserError):
+    """What is there and the system does not give: a failing disk, a network folder that is gone, missing rights.
+
+    Nothing says that the file itself is damaged.
+    """
+
+
 class ConfigError(UserError):
     """All problems of one configuration at once.
 

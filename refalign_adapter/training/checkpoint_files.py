@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
-from ..files import HOST, remove_leftovers
+from ..files import remove_leftovers, temporary_path
 from ..json_files import read_json, write_json
 
 ADAPTER, TRAINING = "adapter", "training"
@@ -209,6 +209,6 @@ def delete_oldest(output_dir: Path, step: int, limit: int | None) -> None:
         if path.is_symlink():
             path.unlink()
             continue
-        hidden = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")  # never half a checkpoint under its own name
+        hidden = temporary_path(path, "tmp")  # never half a checkpoint under its own name
         os.replace(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
