@@ -35,6 +35,10 @@ class ConfigError(UserError):
         head = f"{source}: " if source else ""
         super().__init__("\n".join(f"{head}{problem}" for problem in self.problems))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Exceptions are otherwise made anew of their text alone, when one comes from another process."""
+        return type(self), (self.problems, self.source)
+
 
 def shorten(value: Any, length: int = 120) -> str:
     """`repr` of a value for a message: cut in the middle when long, in depth and number of items as well.

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from ..errors import UserError
+from ..files import require_regular, writing
 
 try:
     import fcntl
@@ -19,10 +21,27 @@ except ImportError:  # no such locks on Windows: there, nobody is warned
 LOCK_NAME = ".lock"
 
 
+def _lock_file(cache_dir: str | Path) -> IO[bytes]:
+    path = Path(cache_dir) / LOCK_NAME
+    with writing(path):
+        try:
+            require_regular(path)
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            raise UserError(f"cache_dir: {str(path)!r} is {error}; delete it") from None
+        return path.open("ab")
+
+
 @contextmanager
 def filling(cache_dir: str | Path) -> Iterator[None]:
-    """Nothing is deleted from the cache inside the context; others may fill it too."""
-    with (Path(cache_dir) / LOCK_NAME).open("ab") as file:
+    """Nothing is deleted from the cache inside the context; others may fill it too.
+
+    Raises:
+        UserError: what stands in the lock's place is no file.
+        WriteError: it cannot be opened.
+    """
+    with _lock_file(cache_dir) as file:
         if fcntl is not None:
             with suppress(OSError):  # a network file system without locks: there, nobody is warned either
                 fcntl.flock(file, fcntl.LOCK_SH)
@@ -36,7 +55,7 @@ def deleting(cache_dir: str | Path) -> Iterator[None]:
     Raises:
         UserError: a run is filling it.
     """
-    with (Path(cache_dir) / LOCK_NAME).open("ab") as file:
+    with _lock_file(cache_dir) as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
