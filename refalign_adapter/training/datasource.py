@@ -59,6 +59,12 @@ class TrainingData:
         return hash_of(self.training.keys)
 
     @property
+    def rows(self) -> dict[str, list[str]]:
+        """Keys of the rows in their order: "training", "held_out"."""
+        held_out = self.validation.keys if self.validation is not None else []
+        return {"training": self.training.keys, "held_out": held_out}
+
+    @property
     def teachers(self) -> dict[str, int]:
         """Teacher id -> width, as cached."""
         return self.training.meta.teachers

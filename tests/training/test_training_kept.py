@@ -39,7 +39,7 @@ def test_damage_in_any_file_of_a_checkpoint_is_found_and_passed_over(make_recipe
     out = tmp_path / "out"
     (out / "checkpoint-99").write_text("stray")
     files = [path for path in sorted((out / "checkpoint-2").rglob("*")) if path.is_file()]
-    assert len(files) == 9
+    assert len(files) == 10
     for path in files:
         whole = path.read_bytes()
         middle = len(whole) // 2
