@@ -103,7 +103,6 @@ def save_checkpoint(
     progress: Progress,
     run: dict[str, Any],
     limit: int | None = None,
-    *,
     rows: Mapping[str, list[str]] | None = None,
 ) -> Path:
     """Write `checkpoint-{step}`, then delete the oldest beyond `limit`.

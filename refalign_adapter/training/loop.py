@@ -349,7 +349,7 @@ def _save(run: Run) -> None:
     with together(run.accelerator), _kept_told(run):
         if run.accelerator.is_main_process:
             limit = run.recipe.checkpoints_total_limit
-            save_checkpoint(run.output_dir, run.trained, run.progress, run.facts(), limit, rows=run.data.rows)
+            save_checkpoint(run.output_dir, run.trained, run.progress, run.facts(), limit, run.data.rows)
             run.saved = run.progress.step
 
 
