@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from .errors import UserError, WriteError
 from .exchange import exchange
@@ -106,6 +107,23 @@ def system_error(error: BaseException) -> int | None:
     if type(error).__name__ == "SafetensorError" and (found := _SYSTEM_ERROR.search(str(error))):
         return int(found[1])
     return None
+
+
+def lock_file(path: str | Path, field: str) -> IO[bytes]:
+    """Open a file that processes lock, and make it where there is none.
+
+    Raises:
+        UserError: a pipe, a folder or the like stands there, which could keep its opener waiting for ever.
+        WriteError: it cannot be opened.
+    """
+    with writing(path):
+        try:
+            require_regular(path)
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            raise UserError(f"{field}: {str(path)!r} is {error}; delete it") from None
+        return open(path, "ab")
 
 
 @contextmanager

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from ..errors import UserError
-from ..files import require_regular, writing
+from ..files import lock_file
 
 try:
     import fcntl
@@ -19,18 +18,6 @@ except ImportError:  # no such locks on Windows: there, nobody is warned
     fcntl = None
 
 LOCK_NAME = ".lock"
-
-
-def _lock_file(cache_dir: str | Path) -> IO[bytes]:
-    path = Path(cache_dir) / LOCK_NAME
-    with writing(path):
-        try:
-            require_regular(path)
-        except FileNotFoundError:
-            pass
-        except ValueError as error:
-            raise UserError(f"cache_dir: {str(path)!r} is {error}; delete it") from None
-        return path.open("ab")
 
 
 @contextmanager
@@ -41,7 +28,7 @@ def filling(cache_dir: str | Path) -> Iterator[None]:
         UserError: what stands in the lock's place is no file.
         WriteError: it cannot be opened.
     """
-    with _lock_file(cache_dir) as file:
+    with lock_file(Path(cache_dir) / LOCK_NAME, "cache_dir") as file:
         if fcntl is not None:
             with suppress(OSError):  # a network file system without locks: there, nobody is warned either
                 fcntl.flock(file, fcntl.LOCK_SH)
@@ -55,7 +42,7 @@ def deleting(cache_dir: str | Path) -> Iterator[None]:
     Raises:
         UserError: a run is filling it.
     """
-    with _lock_file(cache_dir) as file:
+    with lock_file(Path(cache_dir) / LOCK_NAME, "cache_dir") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -201,12 +201,14 @@ class PartStore:
         """Read all of a part; what is wrong with it, for people, or None. One without a checksum is not held to it.
 
         Raises:
-            ReadError: the system does not give it.
+            CacheGoneError: the system gives nothing of the cache any more.
+            ReadError: it does not give this part.
         """
         path = self.path(part, key)
         try:
             return _read(path, expected, again=False)[1]
         except OSError as error:
+            self._require_there()
             if error.errno not in MISSING:
                 raise withheld(path, error) from None
             return "is missing"

@@ -13,7 +13,7 @@ from .dataset import open_cache
 from .index import REMEDY, read_index, read_meta
 from .lock import deleting
 from .options import CacheOptions
-from .parts import DAMAGED, KEY, PARTS, Expected, PartStore
+from .parts import DAMAGED, KEY, PARTS, CacheGoneError, Expected, PartStore
 
 Progress = Callable[[int, int], None]
 
@@ -39,7 +39,8 @@ def verify_cache(options: CacheOptions, progress: Progress | None = None) -> Fil
         The files, all of them whole.
 
     Raises:
-        UserError: there is no finished cache, or it was made with other options or from another manifest.
+        UserError: there is no finished cache, it goes away meanwhile, or it was made with other options or from
+            another manifest.
         ConfigError: lists every part that is missing, damaged or not given by the system, one line each, and what
             to do.
     """
@@ -57,6 +58,8 @@ def verify_cache(options: CacheOptions, progress: Progress | None = None) -> Fil
         others = f" and {len(rows[file]) - 1} more" if len(rows[file]) > 1 else ""
         try:
             problem = store.problem(*file, content)
+        except CacheGoneError:
+            raise
         except ReadError as error:
             withheld += 1
             problems.append(f"{rows[file][0]}{others}: {error}")

@@ -26,7 +26,7 @@ from refalign_adapter.data.lock import LOCK_NAME
 from refalign_adapter.data.manifest import load_manifest
 from refalign_adapter.data.options import CacheOptions
 from refalign_adapter.data.part_file import checksum, read_tensor
-from refalign_adapter.data.parts import DAMAGED, CacheGoneError, PartStore, file_digest
+from refalign_adapter.data.parts import DAMAGED, CacheGoneError, Expected, PartStore, file_digest
 from refalign_adapter.data.verify import prune_cache, verify_cache
 from refalign_adapter.errors import ConfigError, ReadError, UserError
 
@@ -277,6 +277,8 @@ def test_a_cache_that_is_gone_is_told_as_such(options):
     )
     with pytest.raises(UserError, match="there is no finished cache"):
         open_cache(options)
+    with pytest.raises(CacheGoneError):
+        PartStore(options.cache_dir).problem("video", "a" * 32, Expected((1,), None))
     assert isinstance(told.value, ReadError)
 
 
