@@ -13,7 +13,7 @@ import pytest
 import tiny_data
 import tiny_models
 import torch
-from seals import seal
+from seals import seal, unseal
 
 from refalign_adapter.data import digests, part_file
 from refalign_adapter.data.cache import build_cache
@@ -158,6 +158,16 @@ def test_a_cache_run_alone_takes_the_values_of_a_part_on_trust(world, options):
     with pytest.raises(ConfigError, match="its checksum differs"):
         verify_cache(options)
     assert dict(build(options, world[1]).made) == {"video": 1}
+
+
+def test_a_cache_of_before_there_were_checksums_is_taken_as_it_is(world, options):
+    unseal(Path(options.cache_dir))
+    notes = Path(options.cache_dir) / DIGESTS_NAME
+    notes.write_text("".join(json.dumps(json.loads(line)[:5]) + "\n" for line in notes.read_text().splitlines()))
+    assert len(FileDigests(options.cache_dir).known) == len(notes.read_text().splitlines())
+    assert tell(options) == []
+    assert not build(options, world[1]).made
+    assert "checksum" in json.loads((Path(options.cache_dir) / "meta.json").read_text())
 
 
 def test_an_edited_index_is_found_out(options):
