@@ -115,7 +115,8 @@ def test_a_full_disk_is_a_write_error(tmp_path):
 
 
 BASE = """
-import json, sys
+import logging, sys
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as the command line does: it misses kernels for the CPU
 from refalign_adapter.errors import UserError
 from refalign_adapter.pipelines.options import GenerateOptions, load_pipeline
 
