@@ -298,9 +298,9 @@ def test_options_tell_every_mistake_at_once(options):
 
 SLOW_RUN = """
 import sys
-from refalign_adapter.data import encode
-from refalign_adapter.data.cache import build_cache, cache_dataset
-from refalign_adapter.data.options import CacheOptions
+from refalign_adapter.data.cache import encode
+from refalign_adapter.data.cache.build import build_cache, cache_dataset
+from refalign_adapter.data.cache.options import CacheOptions
 import json, time
 
 prepare = encode.RowPreparer.__getitem__

@@ -5,9 +5,9 @@ from dataclasses import astuple
 import pytest
 
 from refalign_adapter.errors import ConfigError, UserError
+from refalign_adapter.recipes import optimizers
 from refalign_adapter.recipes.cache_options import options_of
 from refalign_adapter.recipes.file import changes, flat_values, load_recipe, save_recipe
-from refalign_adapter.recipes.shipped import optimizers
 from refalign_adapter.training.setup import step_options
 
 MINIMAL = "pretrained_model_name_or_path: base\noutput_dir: out\ndata: {cache_dir: cache}\n"
