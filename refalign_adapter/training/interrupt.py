@@ -29,7 +29,7 @@ class Interrupted(Exception):
 
 
 class FailedElsewhere(UserError):
-    """Another process of the run has failed, and says why."""
+    """Another process of the run has failed, and says why: nothing is left to be told."""
 
 
 class SignalWatch:
@@ -88,17 +88,21 @@ def largest(accelerator: Accelerator, number: int) -> int:
 def together(accelerator: Accelerator) -> Iterator[None]:
     """Processes leave the context together: if a user's mistake or a disk stopped one, none goes on to wait for it.
 
+    Nothing inside may wait for other processes but in a context of this kind: one that has failed would not be there.
+
     Raises:
-        UserError: the process's own.
-        FailedElsewhere: another process had one.
+        UserError: the process's own, of the first process that has one.
+        FailedElsewhere: that was another process.
     """
     own: UserError | None = None
     try:
         yield
     except UserError as error:
         own = error
-    failed = largest(accelerator, int(own is not None))
-    if own is not None:
+    place = accelerator.num_processes - accelerator.process_index
+    tells = own is not None and not isinstance(own, FailedElsewhere)
+    first = largest(accelerator, place if tells else 0)
+    if own is not None and first == place:
         raise own
-    if failed:
+    if first:
         raise FailedElsewhere("training: stopped, as another process of the run has failed")

@@ -68,14 +68,18 @@ def train(recipe: Recipe) -> Path:
         UserError: something the recipe names is missing or does not fit, or the loss stays no number.
         Interrupted: by a signal; what was done is in a checkpoint.
     """
-    output_dir = require_writable_folder(recipe.output_dir, "output_dir")
+    output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe, output_dir)
-    with ExitStack() as held:
-        with together(accelerator):
-            if accelerator.is_main_process:  # the processes of a launch are one run
-                held.enter_context(only_run(output_dir))
-                _remove_leftovers(output_dir)
-        return _train(recipe, accelerator, output_dir)
+    try:
+        with ExitStack() as held:
+            with together(accelerator):
+                require_writable_folder(output_dir, "output_dir")
+                if accelerator.is_main_process:  # the processes of a launch are one run
+                    held.enter_context(only_run(output_dir))
+                    _remove_leftovers(output_dir)
+            return _train(recipe, accelerator, output_dir)
+    finally:
+        _let_go(accelerator)
 
 
 def _remove_leftovers(output_dir: Path) -> None:
@@ -85,15 +89,16 @@ def _remove_leftovers(output_dir: Path) -> None:
 
 
 def _train(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> Path:
-    checkpoint = starting_point(recipe, output_dir, partial(say, accelerator))
+    with together(accelerator):
+        checkpoint = starting_point(recipe, output_dir, partial(say, accelerator))
     set_seed(recipe.seed)
     run = build_run(recipe, accelerator, output_dir)
-    if checkpoint is not None:
-        resume(run, checkpoint)
-    elif recipe.resume_from_checkpoint:
-        say(accelerator, f"resume_from_checkpoint: there is none in {str(output_dir)!r} yet, beginning anew")
-    sampler = Sampler(run) if recipe.sample_steps else None
     with together(accelerator), _kept_told(run):
+        if checkpoint is not None:
+            resume(run, checkpoint)
+        elif recipe.resume_from_checkpoint:
+            say(accelerator, f"resume_from_checkpoint: there is none in {str(output_dir)!r} yet, beginning anew")
+        sampler = Sampler(run) if recipe.sample_steps else None
         if accelerator.is_main_process:
             save_recipe(recipe, output_dir / "recipe.yaml")
         with writing(output_dir / recipe.logging_dir):
@@ -106,7 +111,6 @@ def _train(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> Path:
         folder = finish(run)
     finally:
         watchers.bar.close()
-        _let_go(accelerator)
         with stopping_means("see above; whatever was written is whole"):
             watchers.log.close()
     return folder
@@ -193,7 +197,8 @@ def optimizer_step(
     for _ in range(recipe.gradient_accumulation_steps):
         seed = step_seed(recipe.seed, run.progress.micro_step, accelerator.process_index)
         asked = time.perf_counter()
-        batch = next(batches)
+        with together(accelerator):  # a process without a batch would leave the others in the backward pass
+            batch = next(batches)
         waited += time.perf_counter() - asked
         set_seed(seed)  # what draws from the global generators, such as LoRA dropout
         with accelerator.accumulate(run.model):
@@ -232,7 +237,8 @@ def _conclude(run: Run, fine: bool, seen: Seen) -> None:
         return
     run.progress.skipped += 1
     bad = look_into(run.accelerator, getattr(run.data, "training", None), run.progress.step, seen)
-    say(run.accelerator, run.bad_steps.add(bad, partial(_newest, run.output_dir)))
+    with together(run.accelerator):
+        say(run.accelerator, run.bad_steps.add(bad, partial(_newest, run.output_dir)))
 
 
 def _clip(run: Run) -> torch.Tensor:

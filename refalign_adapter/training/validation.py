@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from ..batch import Batch
 from ..flow import shift_sigmas
+from .interrupt import together
 from .step import TrainingStep
 from .tracking import LossMeter
 
@@ -63,19 +64,20 @@ def validate(
     training = module.training
     module.eval()
     try:
-        for index, rows in enumerate(groups):
-            if index % accelerator.num_processes == accelerator.process_index:
-                batch = load(index)
-                output = module(
-                    batch.to(accelerator.device),
-                    empty_text,
-                    generator=torch.Generator(),  # nothing is drawn from it
-                    alignment_weight=alignment_weight,
-                    drop_conditions=False,
-                    sigmas=fixed_sigmas(rows, module.options.shift),
-                    noise=torch.stack([fixed_noise(key, batch.latents.shape[1:]) for key in batch.keys]),
-                )
-                meter.add(output, len(rows), alignment_weight > 0)
+        with together(accelerator):  # of rows that are read, one may be unreadable on one process
+            for index, rows in enumerate(groups):
+                if index % accelerator.num_processes == accelerator.process_index:
+                    batch = load(index)
+                    output = module(
+                        batch.to(accelerator.device),
+                        empty_text,
+                        generator=torch.Generator(),  # nothing is drawn from it
+                        alignment_weight=alignment_weight,
+                        drop_conditions=False,
+                        sigmas=fixed_sigmas(rows, module.options.shift),
+                        noise=torch.stack([fixed_noise(key, batch.latents.shape[1:]) for key in batch.keys]),
+                    )
+                    meter.add(output, len(rows), alignment_weight > 0)
     finally:
         module.train(training)
     return meter.reduce(accelerator)
