@@ -135,12 +135,15 @@ def _kept_told(run: Run) -> Iterator[None]:
     try:
         yield
     except WriteError as error:
-        newest = _newest(run.output_dir)
-        kept = f"{newest} is whole: then run the same command with resume_from_checkpoint=latest"
-        step = run.progress.step
-        raise WriteError(
-            f"{error}; stopped at step {step}, {kept if newest else 'no checkpoint was written yet'}"
-        ) from error
+        raise WriteError(f"{error}; stopped at step {run.progress.step}, {_what_is_kept(run)}") from error
+
+
+def _what_is_kept(run: Run) -> str:
+    if newest := _newest(run.output_dir):
+        return f"{newest} is whole: then run the same command with resume_from_checkpoint=latest"
+    if run.saved:
+        return f"checkpoint-{run.saved} was whole and is out of reach now: once it is back, resume from it"
+    return "no checkpoint was written yet"
 
 
 def _newest(output_dir: Path) -> str | None:
@@ -306,8 +309,8 @@ def _why_not(run: Run, loss: float) -> str:
         return ""
     keys = [dataset.keys[row] for group in run.data.groups for row in group]
     if found := not_finite(dataset, keys):
-        return f", from row {listed(names_of(dataset, found))}, none in the cache itself: run refalign cache --verify"
-    return f", on rows that are fine in the cache ({listed(names_of(dataset, keys))}): lower learning_rate"
+        return f": no numbers are in the cache for row {listed(names_of(dataset, found))}; run refalign cache --verify"
+    return f": rows {listed(names_of(dataset, keys))} are fine in the cache; lower learning_rate"
 
 
 def _save(run: Run) -> None:
