@@ -24,11 +24,7 @@ from ..files import atomic_folder, remove_leftovers, require_writable_folder, wr
 from ..signals import stopping_means, tell
 from .bad_steps import Seen, all_finite, listed, look_into, names_of, not_finite
 from .checkpoint import averaged_weights, save_checkpoint, save_sidecar
-from .checkpoint_files import (
-    ADAPTER,
-    TRAINING,
-    newest_whole,
-)
+from .checkpoint_files import ADAPTER, TRAINING, newest_whole, write_sidecar_checksums
 from .config import Recipe
 from .interrupt import Interrupted, SignalWatch, largest, together
 from .recipe_file import flat_values, save_recipe
@@ -357,6 +353,7 @@ def finish(run: Run) -> Path:
             branch.save_pretrained(folder)
             with atomic_folder(run.output_dir / TRAINING) as temporary:
                 save_sidecar(temporary, run.trained)
+                write_sidecar_checksums(temporary)
             say(run.accelerator, f"adapter written to {folder}; projectors stay in {run.output_dir / TRAINING}")
     with stopping_means(f"the adapter is in {folder}"), together(run.accelerator), averaged_weights(run.trained):
         if run.accelerator.is_main_process and recipe.push_to_hub:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, shorten
 from .checkpoint_files import check_whole, find_checkpoint, list_checkpoints, read_state, step_of
 from .config import Recipe
 from .optimizers import build_scheduler
@@ -72,7 +72,7 @@ def resume(run: Run, folder: Path) -> None:
     run.scheduler = build_scheduler(run.recipe, run.trained.optimizer, run.progress.step)
     say(run.accelerator, f"resumed from {folder} at step {run.progress.step}")
     if changed := changes(before, run.facts()):
-        listed = ", ".join(f"{name} {old!r} → {new!r}" for name, old, new in changed)
+        listed = ", ".join(f"{name} {shorten(old)} → {shorten(new)}" for name, old, new in changed)
         say(run.accelerator, f"changed since then: {listed}")
     if any(name.startswith("alignment.") for name, _, _ in changed):
         run.trained.schedule = run.recipe.alignment_schedule()

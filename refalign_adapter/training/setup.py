@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -182,7 +183,9 @@ def _build_branch(recipe: Recipe, family: Family, accelerator: Accelerator) -> R
     transformer = load_transformer(recipe, family, dtype)
     if recipe.gradient_checkpointing:
         transformer.enable_gradient_checkpointing(offloaded_checkpoint if recipe.offload_activations else None)
-    branch = attach(transformer, recipe.adapter_config(), seed=recipe.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* did not match any targeted module", category=RuntimeWarning)
+        branch = attach(transformer, recipe.adapter_config(), seed=recipe.seed)
     _check_patterns(recipe, branch)
     return branch
 
