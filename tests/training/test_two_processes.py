@@ -1,6 +1,9 @@
 """A run of two processes in which something goes wrong in one: both end, one line says why, no one waits for ever."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -111,6 +114,13 @@ def test_a_full_disk_at_a_checkpoint_ends_both(tiny_world, tmp_path, monkeypatch
         assert find_checkpoint(disk, "latest").name == "checkpoint-2"
 
 
+def wait_for_steps(out):
+    limit = time.monotonic() + 100
+    while len(read_metrics(out / "metrics.jsonl")) < 2:
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "ranks"), [(signal.SIGTERM, (1,)), (signal.SIGUSR1, (1,)), (signal.SIGUSR1, (0, 1))]
@@ -118,15 +128,39 @@ def test_a_full_disk_at_a_checkpoint_ends_both(tiny_world, tmp_path, monkeypatch
 def test_a_signal_to_one_process_stops_both(tiny_world, tmp_path, number, ranks):
     out = tmp_path / "out"
     processes = start_two(tiny_world, out, *FAST, "max_train_steps=500", "checkpointing_steps=1000")
-    limit = time.monotonic() + 100
-    while len(read_metrics(out / "metrics.jsonl")) < 2:
-        assert time.monotonic() < limit
-        time.sleep(0.02)
+    wait_for_steps(out)
     for rank in ranks:
         processes[rank].send_signal(number)
     codes, told = end_of(processes)
     assert codes == [128 + number] * 2, told
     assert "".join(told).count("checkpoint written; to go on, run the same command with") == 1
     assert "Traceback" not in "".join(told)
+    (checkpoint,) = list_checkpoints(out)
+    assert find_checkpoint(out, "latest") == checkpoint
+
+
+LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_a_signal_to_the_launcher_leaves_a_checkpoint(tiny_world, tmp_path, number):
+    """It passes on SIGTERM alone and dies of the others; beside its own lines there is one of ours."""
+    out = tmp_path / "out"
+    options = [*FAST, f"output_dir={out}", "max_train_steps=500", "checkpointing_steps=1000"]
+    command = [*LAUNCH, "-m", "refalign_adapter.train", "--config", str(tiny_world / "recipe.yaml"), *options]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_steps(out)
+    process.send_signal(number)
+    told = process.communicate(timeout=100)[1]  # until the last process has closed it
+    assert process.returncode != 0
+    assert told.count("checkpoint written; to go on, run the same command with") == 1
     (checkpoint,) = list_checkpoints(out)
     assert find_checkpoint(out, "latest") == checkpoint
