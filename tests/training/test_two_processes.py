@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from small_disk import small_disk
-from two_processes import end_of, start_two
+from two_processes import end_of, free_port, start_two
 
 from refalign_adapter.training.checkpoint_files import find_checkpoint, list_checkpoints
 from refalign_adapter.training.tracking import read_metrics
@@ -49,6 +49,60 @@ loop._clip = lambda run: torch.tensor(float("nan")) if run.progress.step == 2 el
 """
 
 
+TOGETHER = """
+import os, sys
+from accelerate import Accelerator
+from refalign_adapter.errors import UserError
+from refalign_adapter.training.interrupt import FailedElsewhere, largest, together
+
+def outcome(act):
+    try:
+        with together(accelerator):
+            act()
+    except FailedElsewhere:
+        return "elsewhere"
+    except UserError as error:
+        return str(error)
+    return "fine"
+
+def fail(*ranks):
+    if rank in ranks:
+        raise UserError(f"mine {rank}")
+
+def nested(*ranks):
+    with together(accelerator):
+        fail(*ranks)
+    largest(accelerator, 1)  # all are here, or none
+
+children = [os.fork(), 0]
+children[1] = os.fork() if children[0] else 0
+if 0 in children:
+    rank = children.index(0)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    accelerator = Accelerator(cpu=True)
+    calls = [(fail,), (fail, 1), (fail, 0, 1), (nested, 1), (nested, 0), (nested,)]
+    os.write(1, f"{rank} {[outcome(lambda: act(*ranks)) for act, *ranks in calls]}\\n".encode())
+    os._exit(0)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def test_processes_leave_together_and_the_first_that_failed_tells():
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", TOGETHER],
+        env=os.environ | environment | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert sorted(done.stdout.splitlines()) == [
+        "0 ['fine', 'elsewhere', 'mine 0', 'elsewhere', 'mine 0', 'fine']",
+        "1 ['fine', 'mine 1', 'elsewhere', 'mine 1', 'elsewhere', 'fine']",
+    ]
+
+
 def lines(told):
     """Lines of both processes that are no progress."""
     return [line for text in told for line in text.splitlines() if not line.startswith(("step ", "\x1b"))]
@@ -63,13 +117,14 @@ def check_one_error(ends, message):
     assert "Traceback" not in "".join(told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mishap", "where"),
     [
         (NO_BATCH, 1),
-        pytest.param(NO_BATCH, 0, marks=pytest.mark.slow),
-        pytest.param(NO_DATA, 1, marks=pytest.mark.slow),
-        pytest.param(NO_HELD_OUT, 1, marks=pytest.mark.slow),
+        (NO_BATCH, 0),
+        (NO_DATA, 1),
+        (NO_HELD_OUT, 1),
     ],
     ids=["a batch", "a batch of the first", "its data", "held-out rows"],
 )
