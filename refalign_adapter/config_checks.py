@@ -41,6 +41,25 @@ def field_problems(values: dict[str, Any]) -> Iterator[str]:
     yield from _base_problems(values)
 
 
+def expression_problems(values: dict[str, Any]) -> Iterator[str]:
+    """One line for each name that PEFT is to match and that is no regular expression.
+
+    Not among `field_problems`: those look at strangers' files, of which no expression is even compiled.
+
+    Args:
+        values: a valid config's fields.
+    """
+    modules = values["target_modules"]
+    matched = {"target_modules": [modules] if isinstance(modules, str) else []}
+    matched |= {name: list(values[name]) for name in ("rank_pattern", "alpha_pattern")}
+    for name, expressions in matched.items():
+        for expression in expressions:
+            try:
+                re.compile(expression)
+            except (re.error, RecursionError, OverflowError) as error:
+                yield f"{name} holds {shorten(expression)}, which is no regular expression ({error}); correct it"
+
+
 def _attention_problems(values: dict[str, Any]) -> Iterator[str]:
     attention, scope = values["attention"], values["lora_scope"]
     if not isinstance(attention, str) or attention not in ATTENTIONS:

@@ -1,10 +1,13 @@
 """Signals that end a command: one line that says what that means, and the exit code that shells expect.
 
 SIGINT (Ctrl-C), SIGTERM (kill, schedulers), SIGHUP (a closed terminal), SIGUSR1 (schedulers, before they pre-empt).
+A terminal that is gone, or a reader such as `head` that has seen enough, ends nothing: what is printed is lost.
 """
 
 from __future__ import annotations
 
+import atexit
+import errno
 import os
 import select
 import signal
@@ -16,10 +19,15 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from .errors import WriteError
+from .files import writing
+
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 NUMBERS = tuple(int(getattr(signal, name)) for name in NAMES if hasattr(signal, name))
 TOGETHER = 1.0
 """Seconds in which several signals count as one: launchers pass on what the terminal has sent to all anyway."""
+NOBODY_THERE = (errno.EIO, errno.EPIPE)
+"""What the system says when nobody reads any more: of a terminal, of a pipe."""
 
 _meanings = ["nothing was written"]
 _handlers: list[_Handler] = []
@@ -79,22 +87,36 @@ def ended_by_signals() -> Iterator[None]:
 
     Raises:
         SystemExit: 128 + n after signal n, once a line has said what being stopped there means. Whatever exception a
-            library made of the signal on its way out, it counts as the signal.
+            library made of the signal on its way out, it counts as the signal. 2 where standard output cannot be
+            written, though somebody is there.
     """
     handler = _Handler()
     _handlers.append(handler)
     try:
-        with install(NUMBERS, handler):
+        with install(NUMBERS, handler), _printing_never_fails():
             yield
     except BaseException as error:
         number = handler.received or _number_of(error)
         if not number or (isinstance(error, SystemExit) and error.code in (0, None)):
             raise
-        tell(f"interrupted; {_meanings[-1]}")
+        if os.environ.get("RANK", "0") == "0":  # a launcher stops all its processes
+            tell(f"interrupted; {_meanings[-1]}")
         raise SystemExit(128 + number) from None
     finally:
         _handlers.pop()
         del _meanings[1:]
+        atexit.unregister(_nothing_to_stop)
+        atexit.register(_nothing_to_stop)  # last, so that it is called first
+
+
+def _nothing_to_stop() -> None:
+    """The command is over and Python shuts down, which takes a moment: the exit code is no signal's any more.
+
+    Ctrl-C still ends a process that hangs there.
+    """
+    for number in NUMBERS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
 
 
 def _number_of(error: BaseException) -> int:
@@ -136,12 +158,86 @@ def terminal_may_be_gone() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError):
-        with suppress(OSError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in (1, 2):
-                if _is_gone(stream):
-                    os.dup2(nowhere, stream)
-            os.close(nowhere)
+        _let_go_of_the_gone()
+
+
+class _Forgiving:
+    """A standard stream whose writing does not fail when nobody reads it.
+
+    Args:
+        stream: the stream; everything else is its own.
+        name: what messages call it; None: nothing about it can be told, whatever it is that fails.
+    """
+
+    def __init__(self, stream: Any, name: str | None):
+        self._stream, self._name = stream, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text; returns its length.
+
+        Raises:
+            WriteError: a full disk, or the like.
+        """
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what was written.
+
+        Raises:
+            WriteError: a full disk, or the like.
+        """
+        self._try(self._stream.flush)
+
+    def _try(self, act: Any, *arguments: Any) -> None:
+        try:
+            act(*arguments)
+        except OSError as error:
+            _let_go_of_the_gone()
+            if self._name is not None and error.errno not in NOBODY_THERE:
+                _send_nowhere(1)  # Python would try once more as it shuts down
+                with writing(self._name):
+                    raise
+
+
+@contextmanager
+def _printing_never_fails() -> Iterator[None]:
+    """Inside the context, libraries can print to a terminal that is gone; see `terminal_may_be_gone`.
+
+    What is still buffered is written at the end: where Python does that, an error is an exit code of its own.
+
+    Raises:
+        SystemExit: 2, the standard output cannot be written; a line says why.
+    """
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = forgiving = _Forgiving(out, "standard output"), _Forgiving(err, None)
+    try:
+        yield
+    finally:
+        try:
+            for stream in forgiving:
+                stream.flush()
+        except WriteError as error:
+            tell(f"error: {error}")
+            raise SystemExit(2) from None
+        finally:
+            sys.stdout, sys.stderr = out, err
+
+
+def _let_go_of_the_gone() -> None:
+    """Have standard streams without a reader write to nowhere."""
+    _send_nowhere(*filter(_is_gone, (1, 2)))
+
+
+def _send_nowhere(*streams: int) -> None:
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in streams:
+            os.dup2(nowhere, stream)
+        os.close(nowhere)
 
 
 def _is_gone(stream: int) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import unknown_key
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, shorten
 
 DECAYS = ("constant", "cosine")
 
@@ -43,10 +43,13 @@ class AlignmentSchedule:
     cutoff_step: int | None = None
 
     def __post_init__(self) -> None:
+        values = {name: getattr(self, name) for name in ("weight", "warmup_steps", "decay_steps", "final_weight")}
+        if self.cutoff_step is not None:
+            values["cutoff_step"] = self.cutoff_step
         problems = [
-            f"{name} must be finite and at least 0, got {getattr(self, name)}"
-            for name in ("weight", "warmup_steps", "decay_steps", "final_weight", "cutoff_step")
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf
+            f"{name} must be finite and at least 0, got {shorten(value)}"
+            for name, value in values.items()
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
         ]
         if self.decay not in DECAYS:
             problems.append(f"decay must be one of {list(DECAYS)}, got {self.decay!r}")

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..config import RefAlignConfig
-from ..errors import UserError
+from ..config_checks import expression_problems
+from ..errors import ConfigError, UserError
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def add_lora(
         excluded: names of layers that get none, though `target_modules` match them.
 
     Raises:
-        UserError: the name is taken, or `target_modules` match nothing.
+        UserError: the name is taken, a pattern is no regular expression, or `target_modules` match nothing.
     """
     from peft import LoraConfig
 
@@ -56,6 +57,8 @@ def add_lora(
         raise UserError(
             f"adapter_name: {adapter_name!r} is in use on this transformer; choose another or detach it first"
         )
+    if problems := list(expression_problems(vars(config))):
+        raise ConfigError(problems)
     modules = config.target_modules
     lora = LoraConfig(
         r=config.r,

@@ -61,11 +61,13 @@ def _main(argv: Sequence[str] | None) -> int:
         recipe = load_recipe(arguments.config, arguments.overrides, check_machine=True)
     except UserError as error:
         return _tell(error) if process == 0 else 2  # the same on every process
-    from ..training.interrupt import Interrupted
+    from ..training.interrupt import FailedElsewhere, Interrupted
     from ..training.loop import train
 
     try:
         train(recipe)
+    except FailedElsewhere:
+        return 2
     except UserError as error:
         return _tell(error, f"[process {process}] " if process else "")
     except Interrupted as stop:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from ..data.cache.options import model_id
 from ..errors import ConfigError, UserError
@@ -114,6 +115,8 @@ def seed_of(seed: int, key: str) -> int:
 
 
 def _generate(pipe: Any, options: GenerateOptions, row: Prompt, seed: int, path: Path) -> None:
+    hidden = None if PartialState().is_main_process else True  # None: hidden where there is no terminal
+    pipe.set_progress_bar_config(desc=row.key, unit="step", disable=hidden, dynamic_ncols=True)
     frames = pipe(
         row.prompt,
         reference_images=list(row.references),

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..config import RefAlignConfig
+from ..config_checks import expression_problems
 from ..data.sources.manifest import missing_paths, source_problems
 from ..errors import ConfigError, UserError
 from ..media.sizes import size_problems
@@ -19,7 +21,7 @@ Problem = tuple[tuple[str, ...], str]
 
 def cross_field_problems(recipe: Recipe) -> Iterator[Problem]:
     """What is wrong between fields that are each valid by themselves."""
-    yield from _part_problems("adapter", recipe.adapter_config)
+    yield from _part_problems("adapter", lambda: _checked(recipe.adapter_config()))
     yield from _part_problems("alignment", recipe.alignment_schedule)
     yield from _optimizer_problems(recipe)
     yield from _length_problems(recipe)
@@ -36,6 +38,11 @@ def _part_problems(section: str, build: Callable[[], Any]) -> Iterator[Problem]:
         yield from (((f"{section}.{line.split()[0]}",), f"{section}.{line}") for line in error.problems)
     except UserError as error:
         yield (section,), f"{section}.{error}"
+
+
+def _checked(config: RefAlignConfig) -> None:
+    if problems := list(expression_problems(vars(config))):
+        raise ConfigError(problems)
 
 
 def _dropout_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -1,7 +1,8 @@
 """A run's checkpoint folders: which are there, which of them are whole, which one to take up.
 
 `training/checksums.json`, written last, holds the SHA-256 of every other file. Checkpoints of versions before 0.2 have
-none; what their files themselves say is all that is looked at.
+none; what their files themselves say is all that is looked at. The `training` folder beside a finished adapter has
+checksums of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import UserError
 from ..files import remove_leftovers, temporary_path
@@ -34,6 +35,15 @@ _Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 _Number = bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | Annotated[float, Field(allow_inf_nan=False)] | None
 
 
+def _counted(numbers: dict[str, Any]) -> dict[str, Any]:
+    if "step" in numbers:
+        TypeAdapter(_Count).validate_python(numbers["step"], strict=True)
+    return numbers
+
+
+_OptimizerNumbers = Annotated[dict[str, _Number], AfterValidator(_counted)]
+
+
 class CheckpointState(BaseModel):
     """`state.json`: progress, the run's facts, the schedule of the alignment, the optimizer's numbers by parameter."""
 
@@ -46,7 +56,7 @@ class CheckpointState(BaseModel):
     skipped: _Count = 0
     run: dict[str, Any]
     schedule: dict[str, _Number | str]
-    optimizer: dict[str, dict[str, _Number | str]]
+    optimizer: dict[str, _OptimizerNumbers]
     ema_steps: _Count | None = None
 
 
@@ -85,6 +95,26 @@ def write_checksums(folder: Path) -> None:
     write_json(folder / TRAINING / CHECKSUMS, {"sha256": {name: _sha256(path) for name, path in _files(folder)}})
 
 
+def write_sidecar_checksums(training: Path) -> None:
+    """Write the SHA-256 of what lies beside a finished adapter into that folder."""
+    sums = {f"{TRAINING}/{path.name}": _sha256(path) for path in sorted(training.iterdir())}
+    write_json(training / CHECKSUMS, {"sha256": sums})
+
+
+def check_sidecar(path: Path) -> None:
+    """Compare a file in a `training` folder with its checksum there. Folders of versions before 0.2 have none.
+
+    Raises:
+        UserError: it is another, or has none though others do; a reason, with no field in it.
+    """
+    if (path.parent / CHECKSUMS).exists():
+        name = f"{TRAINING}/{path.name}"
+        if (digest := _checksums(path.parent.parent).get(name)) is None:
+            raise UserError(f"{CHECKSUMS} does not name {path.name}")
+        if _sha256(path) != digest:
+            raise UserError(f"{name} is not as it was written")
+
+
 def check_whole(folder: Path) -> None:
     """Compare a checkpoint's files with its checksums.
 
@@ -96,7 +126,10 @@ def check_whole(folder: Path) -> None:
     if not (folder / TRAINING / STATE).is_file():
         raise UserError(f"it lacks {TRAINING}/{STATE}")
     if (folder / TRAINING / CHECKSUMS).exists():
-        for name, digest in _checksums(folder).items():
+        sums = _checksums(folder)
+        if f"{TRAINING}/{STATE}" not in sums:
+            raise UserError(f"{CHECKSUMS} does not name {STATE}")
+        for name, digest in sums.items():
             path = folder / name
             try:
                 if not stat.S_ISREG(path.stat().st_mode):
@@ -116,8 +149,6 @@ def _checksums(folder: Path) -> dict[str, str]:
         raise UserError(f"{CHECKSUMS} holds no checksums")
     if outside := [name for name in sums if not re.fullmatch(rf"({ADAPTER}|{TRAINING})/[\w.-]+", name)]:
         raise UserError(f"{CHECKSUMS} names {outside[0][:60]!r}, which is no file of a checkpoint")
-    if f"{TRAINING}/{STATE}" not in sums:
-        raise UserError(f"{CHECKSUMS} does not name {STATE}")
     return sums
 
 

@@ -14,6 +14,9 @@ from accelerate import Accelerator
 from ..errors import UserError
 from ..signals import NUMBERS, install, terminal_may_be_gone
 
+LAUNCHED = "TORCHELASTIC_RUN_ID"
+"""Of the environment that torch's launcher, which `accelerate launch` is for several processes, gives them."""
+
 
 class Interrupted(Exception):
     """Training was stopped by a signal; what it had done is in a checkpoint.
@@ -29,7 +32,7 @@ class Interrupted(Exception):
 
 
 class FailedElsewhere(UserError):
-    """Another process of the run has failed, and says why."""
+    """Another process of the run has failed, and says why: nothing is left to be told."""
 
 
 class SignalWatch:
@@ -45,6 +48,7 @@ class SignalWatch:
         self.received = 0
         self._since = 0.0
         self._process = os.getpid()
+        self._launcher = os.getppid() if LAUNCHED in os.environ else 0
         self._installed: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> SignalWatch:
@@ -71,7 +75,13 @@ class SignalWatch:
             raise KeyboardInterrupt
 
     def anywhere(self, accelerator: Accelerator) -> int:
-        """The signal that any process has received, or 0; the same on all of them, so that they stop together."""
+        """The signal that any process has received, or 0; the same on all of them, so that they stop together.
+
+        A launcher that is gone counts as SIGTERM: it died of a signal that it would have passed on, and without it the
+        run would hold its GPUs unseen.
+        """
+        if not self.received and self._launcher not in (0, os.getppid()):
+            self.received = int(signal.SIGTERM)
         return largest(accelerator, self.received)
 
 
@@ -88,17 +98,21 @@ def largest(accelerator: Accelerator, number: int) -> int:
 def together(accelerator: Accelerator) -> Iterator[None]:
     """Processes leave the context together: if a user's mistake or a disk stopped one, none goes on to wait for it.
 
+    Nothing inside may wait for other processes but in a context of this kind: one that has failed would not be there.
+
     Raises:
-        UserError: the process's own.
-        FailedElsewhere: another process had one.
+        UserError: the process's own, of the first process that has one.
+        FailedElsewhere: that was another process.
     """
     own: UserError | None = None
     try:
         yield
     except UserError as error:
         own = error
-    failed = largest(accelerator, int(own is not None))
-    if own is not None:
+    place = accelerator.num_processes - accelerator.process_index
+    tells = own is not None and not isinstance(own, FailedElsewhere)
+    first = largest(accelerator, place if tells else 0)
+    if own is not None and first == place:
         raise own
-    if failed:
+    if first:
         raise FailedElsewhere("training: stopped, as another process of the run has failed")

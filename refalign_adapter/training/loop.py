@@ -27,11 +27,7 @@ from ..recipes.schema import Recipe
 from ..signals import stopping_means, tell
 from .bad_steps import Seen, all_finite, listed, look_into, names_of, not_finite
 from .checkpoint import averaged_weights, save_checkpoint, save_sidecar
-from .checkpoint_files import (
-    ADAPTER,
-    TRAINING,
-    newest_whole,
-)
+from .checkpoint_files import ADAPTER, TRAINING, newest_whole, write_sidecar_checksums
 from .interrupt import Interrupted, SignalWatch, largest, together
 from .resuming import resume, starting_point
 from .run_lock import only_run
@@ -69,14 +65,18 @@ def train(recipe: Recipe) -> Path:
         UserError: something the recipe names is missing or does not fit, or the loss stays no number.
         Interrupted: by a signal; what was done is in a checkpoint.
     """
-    output_dir = require_writable_folder(recipe.output_dir, "output_dir")
+    output_dir = Path(recipe.output_dir)
     accelerator = build_accelerator(recipe, output_dir)
-    with ExitStack() as held:
-        with together(accelerator):
-            if accelerator.is_main_process:  # the processes of a launch are one run
-                held.enter_context(only_run(output_dir))
-                _remove_leftovers(output_dir)
-        return _train(recipe, accelerator, output_dir)
+    try:
+        with ExitStack() as held:
+            with together(accelerator):
+                require_writable_folder(output_dir, "output_dir")
+                if accelerator.is_main_process:  # the processes of a launch are one run
+                    held.enter_context(only_run(output_dir))
+                    _remove_leftovers(output_dir)
+            return _train(recipe, accelerator, output_dir)
+    finally:
+        _let_go(accelerator)
 
 
 def _remove_leftovers(output_dir: Path) -> None:
@@ -86,15 +86,16 @@ def _remove_leftovers(output_dir: Path) -> None:
 
 
 def _train(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> Path:
-    checkpoint = starting_point(recipe, output_dir, partial(say, accelerator))
+    with together(accelerator):
+        checkpoint = starting_point(recipe, output_dir, partial(say, accelerator))
     set_seed(recipe.seed)
     run = build_run(recipe, accelerator, output_dir)
-    if checkpoint is not None:
-        resume(run, checkpoint)
-    elif recipe.resume_from_checkpoint:
-        say(accelerator, f"resume_from_checkpoint: there is none in {str(output_dir)!r} yet, beginning anew")
-    sampler = Sampler(run) if recipe.sample_steps else None
     with together(accelerator), _kept_told(run):
+        if checkpoint is not None:
+            resume(run, checkpoint)
+        elif recipe.resume_from_checkpoint:
+            say(accelerator, f"resume_from_checkpoint: there is none in {str(output_dir)!r} yet, beginning anew")
+        sampler = Sampler(run) if recipe.sample_steps else None
         if accelerator.is_main_process:
             save_recipe(recipe, output_dir / "recipe.yaml")
         with writing(output_dir / recipe.logging_dir):
@@ -108,7 +109,6 @@ def _train(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> Path:
         folder = finish(run)
     finally:
         watchers.bar.close()
-        _let_go(accelerator)
         with stopping_means("see above; whatever was written is whole"):
             watchers.log.close()
     return folder
@@ -137,12 +137,15 @@ def _kept_told(run: Run, kinds: tuple[type[UserError], ...] = (WriteError,)) -> 
     try:
         yield
     except kinds as error:
-        newest = _newest(run.output_dir)
-        kept = f"{newest} is whole: then run the same command with resume_from_checkpoint=latest"
-        step = run.progress.step
-        raise type(error)(
-            f"{error}; stopped at step {step}, {kept if newest else 'no checkpoint was written yet'}"
-        ) from error
+        raise type(error)(f"{error}; stopped at step {run.progress.step}, {_what_is_kept(run)}") from error
+
+
+def _what_is_kept(run: Run) -> str:
+    if newest := _newest(run.output_dir):
+        return f"{newest} is whole: then run the same command with resume_from_checkpoint=latest"
+    if run.saved:
+        return f"checkpoint-{run.saved} was whole and is out of reach now: once it is back, resume from it"
+    return "no checkpoint was written yet"
 
 
 def _newest(output_dir: Path) -> str | None:
@@ -199,7 +202,8 @@ def optimizer_step(
     for _ in range(recipe.gradient_accumulation_steps):
         seed = step_seed(recipe.seed, run.progress.micro_step, accelerator.process_index)
         asked = time.perf_counter()
-        batch = next(batches)
+        with together(accelerator):  # a process without a batch would leave the others in the backward pass
+            batch = next(batches)
         waited += time.perf_counter() - asked
         set_seed(seed)  # what draws from the global generators, such as LoRA dropout
         with accelerator.accumulate(run.model):
@@ -238,7 +242,8 @@ def _conclude(run: Run, fine: bool, seen: Seen) -> None:
         return
     run.progress.skipped += 1
     bad = look_into(run.accelerator, getattr(run.data, "training", None), run.progress.step, seen)
-    say(run.accelerator, run.bad_steps.add(bad, partial(_newest, run.output_dir)))
+    with together(run.accelerator):
+        say(run.accelerator, run.bad_steps.add(bad, partial(_newest, run.output_dir)))
 
 
 def _clip(run: Run) -> torch.Tensor:
@@ -336,8 +341,8 @@ def _why_not(run: Run, loss: float) -> str:
         return ""
     keys = [dataset.keys[row] for group in run.data.groups for row in group if row not in run.data.left_out]
     if found := not_finite(dataset, keys):
-        return f", from row {listed(names_of(dataset, found))}, none in the cache itself: run refalign cache --verify"
-    return f", on rows that are fine in the cache ({listed(names_of(dataset, keys))}): lower learning_rate"
+        return f": no numbers are in the cache for row {listed(names_of(dataset, found))}; run refalign cache --verify"
+    return f": rows {listed(names_of(dataset, keys))} are fine in the cache; lower learning_rate"
 
 
 def _save(run: Run) -> None:
@@ -384,6 +389,7 @@ def finish(run: Run) -> Path:
             branch.save_pretrained(folder)
             with atomic_folder(run.output_dir / TRAINING) as temporary:
                 save_sidecar(temporary, run.trained)
+                write_sidecar_checksums(temporary)
             say(run.accelerator, f"adapter written to {folder}; projectors stay in {run.output_dir / TRAINING}")
     with stopping_means(f"the adapter is in {folder}"), together(run.accelerator), averaged_weights(run.trained):
         if run.accelerator.is_main_process and recipe.push_to_hub:

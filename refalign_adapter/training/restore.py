@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..branch.attach import ReferenceBranch
-from ..errors import UserError
+from ..config_checks import MAX_NAME
+from ..errors import UserError, shorten
 from ..export.adapter import adapter_state
 from ..export.folder import AdapterFolder, open_adapter
 from ..export.layers import layers_of
 from ..recipes.optimizers import find_optimizer
 from .checkpoint import EMA, LORA, OPTIMIZER, PROJECTORS, Progress, Trained
-from .checkpoint_files import ADAPTER, TRAINING, CheckpointState, damaged, read_state
+from .checkpoint_files import ADAPTER, TRAINING, CheckpointState, check_sidecar, damaged, read_state
 
 SAME = ("lora_scope", "attention", "r", "lora_alpha")
 """What the same weights mean another adapter without."""
@@ -84,7 +85,7 @@ def load_initial_weights(source: str, branch: ReferenceBranch, projectors: nn.Mo
         adapter = open_adapter(source)
         sidecar = adapter.path.parent / TRAINING / PROJECTORS
         lora = adapter.tensors()
-        heads = load_file(sidecar) if projectors is not None and sidecar.is_file() else {}
+        heads = _sidecar(sidecar) if projectors is not None and sidecar.is_file() else {}
         _check_finite(lora, heads)
     except (SafetensorError, OSError, UserError) as error:
         raise UserError(f"init_adapter: {source!r} cannot be started from ({_first_line(error)})") from None
@@ -96,6 +97,21 @@ def load_initial_weights(source: str, branch: ReferenceBranch, projectors: nn.Mo
     if heads and projectors is not None:
         projectors.load_state_dict(heads)
     return bool(heads)
+
+
+def _sidecar(path: Path) -> dict[str, Tensor]:
+    """The projectors beside an adapter.
+
+    Raises:
+        UserError: they are damaged, with the way out.
+    """
+    try:
+        check_sidecar(path)
+        return load_file(path)
+    except (SafetensorError, OSError, UserError) as error:
+        raise UserError(
+            f"its projectors, {str(path)!r}: {_first_line(error)}; copy them again, or delete them to train new ones"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:
@@ -125,7 +141,9 @@ def _check_kinds(trained: Trained, state: CheckpointState, folder: Path) -> None
     """Refuse the state of another optimizer, or of a run with alignment in one without and the reverse."""
     way_out = f"or start anew from its weights with init_adapter={str(folder / ADAPTER)!r} and another output_dir"
     before, now = state.run.get("optimizer"), type(trained.optimizer)
-    if isinstance(before, str) and find_optimizer(before) is not now:
+    if not isinstance(before, str | None) or len(before or "") > MAX_NAME:
+        raise damaged(folder, f"its optimizer is {shorten(before)}")
+    if before is not None and _class_of(before) is not now:
         raise UserError(
             f"{FIELD}: {str(folder)!r} has the state of optimizer {before!r}, this recipe's is {now.__name__}; set "
             f"optimizer={before}, {way_out}"
@@ -137,6 +155,14 @@ def _check_kinds(trained: Trained, state: CheckpointState, folder: Path) -> None
             f"{FIELD}: {str(folder)!r} was trained {then} alignment, this recipe is {here} it; make alignment.weight "
             f"and adapter.align_layers what they were (cutoff_step ends the alignment at a step), {way_out}"
         )
+
+
+def _class_of(optimizer: str) -> type[torch.optim.Optimizer] | None:
+    """The optimizer of that name; None where it is not known here, being another library's version's."""
+    try:
+        return find_optimizer(optimizer)
+    except UserError:
+        return None
 
 
 def _optimizer_state(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, shorten
 from ..recipes.file import changes
 from ..recipes.optimizers import build_scheduler
 from ..recipes.schema import Recipe
@@ -75,7 +75,7 @@ def resume(run: Run, folder: Path) -> None:
     if line := _rows_changed(read_rows(folder), run, known=all(name != "rows" for name, _, _ in changed)):
         say(run.accelerator, f"resume_from_checkpoint: {line}")
     if others := [change for change in changed if change[0] != "rows"]:
-        listed = ", ".join(f"{name} {old!r} → {new!r}" for name, old, new in others)
+        listed = ", ".join(f"{name} {shorten(old)} → {shorten(new)}" for name, old, new in others)
         say(run.accelerator, f"changed since then: {listed}")
     if any(name.startswith("alignment.") for name, _, _ in changed):
         run.trained.schedule = run.recipe.alignment_schedule()

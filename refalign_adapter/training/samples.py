@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..data.cache.encoders import Encoders
@@ -74,7 +75,7 @@ class Sampler:
                 path = folder / f"{number:02d}-{_slug(sample.prompt)}.mp4"
                 try:
                     video = self._generate(sample, texts)
-                except UserError as error:  # values that are no numbers: training may still recover, or says so itself
+                except UserError as error:  # training may still recover, or says so itself
                     step = self.run.progress.step
                     tell(f"step {step}: no video of sample {number} ({sample.prompt[:60]!r}): {error}")
                     continue
@@ -84,10 +85,17 @@ class Sampler:
             module.train(training)
 
     def _generate(self, sample: SamplePrompt, texts: dict[str, torch.Tensor]) -> Any:
-        """(frames, height, width, 3) in [0, 1]."""
+        """(frames, height, width, 3) in [0, 1].
+
+        Raises:
+            UserError: its values are no numbers.
+        """
         generator = torch.Generator().manual_seed(self.run.recipe.sample.seed)
         images = sample.references or None
-        return self.pipe(reference_images=images, generator=generator, **texts, **self.arguments).frames[0]
+        frames = self.pipe(reference_images=images, generator=generator, **texts, **self.arguments).frames[0]
+        if not np.isfinite(frames).all():
+            raise UserError("its values are no numbers; if that goes on, lower learning_rate")
+        return frames
 
 
 def sample_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from .bad_steps import BadSteps
 from .base_model import load_transformer, read_base
 from .checkpoint import Progress, Trained
 from .datasource import TrainingData, open_data
+from .interrupt import together
 from .offload import offloaded_checkpoint
 from .restore import load_initial_weights
 from .step import StepOptions, TrainingStep
@@ -135,22 +137,29 @@ def build_run(recipe: Recipe, accelerator: Accelerator, output_dir: Path, data: 
     Raises:
         UserError: a base, cache or adapter that does not exist or does not fit.
     """
-    family, shift = read_base(recipe)
-    data = data or open_data(recipe, accelerator)
-    branch = _build_branch(recipe, family, accelerator)
-    projectors = _build_projectors(recipe, branch, data)
-    if recipe.init_adapter:
-        found = load_initial_weights(recipe.init_adapter, branch, projectors)
-        if projectors is not None and not found:
-            say(accelerator, f"init_adapter: no projectors lie beside {recipe.init_adapter!r}, new ones are trained")
-    lora = [parameter for _, parameter in branch.named_parameters()]
-    optimizer = build_optimizer(recipe, lora, projectors.parameters() if projectors is not None else ())
-    module = TrainingStep(branch, projectors, step_options(recipe, shift))
-    module.train()
+    with together(accelerator):
+        family, shift = read_base(recipe)
+        data = data or open_data(recipe, accelerator)
+        branch = _build_branch(recipe, family, accelerator)
+        projectors = _build_projectors(recipe, branch, data)
+        _start_from(recipe.init_adapter, branch, projectors, accelerator)
+        lora = [parameter for _, parameter in branch.named_parameters()]
+        optimizer = build_optimizer(recipe, lora, projectors.parameters() if projectors is not None else ())
+        module = TrainingStep(branch, projectors, step_options(recipe, shift))
+        module.train()
     model, wrapped = accelerator.prepare(module, optimizer)
     trained = Trained(branch, projectors, optimizer, recipe.alignment_schedule(), _build_average(recipe, lora))
     scheduler = build_scheduler(recipe, optimizer)
     return Run(recipe, accelerator, output_dir, module, model, trained, wrapped, scheduler, data)
+
+
+def _start_from(
+    source: str | None, branch: ReferenceBranch, projectors: Projectors | None, accelerator: Accelerator
+) -> None:
+    if source:
+        found = load_initial_weights(source, branch, projectors)
+        if projectors is not None and not found:
+            say(accelerator, f"init_adapter: no projectors lie beside {source!r}, new ones are trained")
 
 
 def step_options(recipe: Recipe, shift: float) -> StepOptions:
@@ -176,7 +185,9 @@ def _build_branch(recipe: Recipe, family: Family, accelerator: Accelerator) -> R
     transformer = load_transformer(recipe, family, dtype)
     if recipe.gradient_checkpointing:
         transformer.enable_gradient_checkpointing(offloaded_checkpoint if recipe.offload_activations else None)
-    branch = attach(transformer, recipe.adapter_config(), seed=recipe.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* did not match any targeted module", category=RuntimeWarning)
+        branch = attach(transformer, recipe.adapter_config(), seed=recipe.seed)
     _check_patterns(recipe, branch)
     return branch
 

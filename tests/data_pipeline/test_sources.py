@@ -190,6 +190,25 @@ def test_a_damaged_table_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_two_columns_of_one_name_are_one_line(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("file_name,caption,caption,,\na.mp4,one,two,,\n")
+    with pytest.raises(UserError, match="csv .its first line names column 'caption' 2 times.; rename") as told:
+        list(read_table(path))
+    assert "\n" not in str(told.value)
+    path.write_text("file_name,caption,,\na.mp4,one,,\n")  # as spreadsheets write it
+    assert list(read_table(path)) == [(1, {"file_name": "a.mp4", "caption": "one"})]
+
+
+@pytest.mark.parametrize("before", ["", "\n", "\ufeff \r\n\t", "\n" * 9000], ids=["at once", "line", "mark", "many"])
+def test_a_list_is_read_as_one_wherever_it_begins(tmp_path, before):
+    path = tmp_path / "a.json"
+    path.write_text(before + '[\n{"a": 1},\n{"a": 2}\n]\n', encoding="utf-8")
+    assert list(read_table(path)) == [(1, {"a": 1}), (2, {"a": 2})]
+    path.write_text(before + '{"a": 1}\n', encoding="utf-8")
+    assert [row for _, row in read_table(path)] == [{"a": 1}]
+
+
 def test_records_that_a_format_leaves_out_are_counted_and_said(monkeypatch, caplog, tmp_path):
     from refalign_adapter.data.sources.readers import folder
     from refalign_adapter.data.sources.readers.base import Reading

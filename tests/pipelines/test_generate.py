@@ -1,6 +1,7 @@
 """`refalign generate` below its command line: one video, many, resumed, shared out, and what is told beforehand."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -84,6 +85,17 @@ def test_one_video(given, made, tmp_path):
     assert np.abs(first - other).max() > 1e-3
     assert np.abs(read_video(output, **SIZE) / 255 - other).mean() < 0.05
     assert [item.name for item in output.parent.iterdir()] == ["out.mp4"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_bar_for_each_video_on_a_terminal_alone(given, prompts, tmp_path, monkeypatch, terminal):
+    told = io.StringIO()
+    told.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", told)
+    generate_many(given, prompts, tmp_path / "out")
+    bars = re.findall(r"(video_\d): 100%", told.getvalue())
+    assert bars == (["video_0", "video_1", "video_2"] if terminal else [])
+    assert terminal or told.getvalue() == ""
 
 
 def test_many_resumed_and_alone_are_the_same(given, prompts, made, tmp_path):

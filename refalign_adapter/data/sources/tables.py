@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ...errors import UserError, shorten
 from ...hub import fetch
@@ -71,7 +71,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         _check_regular(path)
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            if file.read(1) == "[" and path.suffix.lower() in (".json", ".jsonl"):
+            if path.suffix.lower() in (".json", ".jsonl") and _opens_list(file):
                 yield from _json_array(path)
                 return
             file.seek(0)
@@ -86,6 +86,14 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text; save it as UTF-8"
         raise UserError(f"cannot read {str(path)!r} ({reason})") from None
+
+
+def _opens_list(file: TextIO) -> bool:
+    """Whether the first character that is no blank opens a list."""
+    while chunk := file.read(4096):
+        if text := chunk.lstrip():
+            return text.startswith("[")
+    return False
 
 
 def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
@@ -125,7 +133,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
             header = file.readline(MAX_LINE)
             file.seek(0)
             separator = max(SEPARATORS, key=header.count)
-            for number, row in enumerate(csv.DictReader(file, delimiter=separator, strict=True), 1):
+            rows = csv.DictReader(file, delimiter=separator, strict=True)
+            _check_names(path, rows.fieldnames or ())
+            for number, row in enumerate(rows, 1):
                 if None in row or None in row.values():
                     yield number, UserError(f"has other columns than the first line ({shorten(header.strip())})")
                 else:
@@ -135,6 +145,21 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
             "not UTF-8 text; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else error
         )
         raise UserError(f"cannot read {str(path)!r} as csv ({reason})") from None
+
+
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    """Refuse two columns of one name: only the last one's values would be seen.
+
+    Columns without a name, which spreadsheets leave at the end of each line, may be several.
+
+    Raises:
+        UserError: a name is there twice.
+    """
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise UserError(
+            f"cannot read {str(path)!r} as csv (its first line names column {shorten(twice)} "
+            f"{names.count(twice)} times); rename or delete all but one"
+        )
 
 
 def _stream(path: Path) -> Iterator[tuple[int, Any]]:
