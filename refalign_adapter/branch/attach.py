@@ -159,8 +159,6 @@ class ReferenceBranch:
                 f"references: cached with adapter {cache.adapter_name!r} of other weights or another strength; encode "
                 f"them again with {self.adapter_name!r}"
             )
-        if (cache.null is None) is (self.config.null_reference == "zeros"):
-            raise UserError("references: cached without what passes without references read; encode them again")
         return cache
 
     def check_switched_on(self) -> None:

@@ -142,9 +142,8 @@ class ReferenceCache:
                 facts = _checked(parse_json((file.metadata() or {})[FORMAT]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
             blocks = sum(name.startswith("keys.") for name in tensors)
-            named = {name: facts[name] for name in _FIELDS} | {
-                "grid": tuple(facts["grid"]) if "grid" in facts else None
-            }
+            named: dict[str, Any] = {name: facts[name] for name in _FIELDS}
+            named["grid"] = tuple(facts["grid"]) if "grid" in facts else None
             cache = cls(*_parts(tensors, blocks), tensors.get("mask"), **named)
             if "null_keys.0" not in tensors:
                 return cache

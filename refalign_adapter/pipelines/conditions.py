@@ -25,17 +25,27 @@ class EncodedReferences:
         given: (B, C, M, h, w) latents (joint attention), or keys and values (isolated) of B samples or of one that
             stands for all.
         mask: (B, M) bool, True where one of the latents' references is real; None: all are.
+        zeros: whether latents of zero ride along with passes without references, in their places; keys and values know
+            it themselves.
     """
 
     given: Tensor | ReferenceCache
     mask: Tensor | None = None
+    zeros: bool = False
+
+    @property
+    def left_out(self) -> EncodedReferences | None:
+        """What a pass without references is given: None, or with `null_reference` "zeros" what stands for them."""
+        if isinstance(self.given, ReferenceCache):
+            return None if self.given.null is None else replace(self, given=self.given.null)
+        return replace(self, given=torch.zeros_like(self.given)) if self.zeros else None
 
     def for_videos(self, videos: int) -> EncodedReferences:
         """Every sample `videos` times, one after the other."""
         if isinstance(self.given, ReferenceCache):
             return replace(self, given=self.given.repeat_interleave(videos) if len(self.given) > 1 else self.given)
         mask = None if self.mask is None else self.mask.repeat_interleave(videos, 0)
-        return EncodedReferences(self.given.repeat_interleave(videos, 0), mask)
+        return replace(self, given=self.given.repeat_interleave(videos, 0), mask=mask)
 
     def for_passes(self, passes: int) -> EncodedReferences:
         """All samples `passes` times over."""
@@ -44,7 +54,7 @@ class EncodedReferences:
         if isinstance(self.given, ReferenceCache):
             return replace(self, given=self.given.repeat(passes) if len(self.given) > 1 else self.given)
         mask = None if self.mask is None else self.mask.repeat(passes, 1)
-        return EncodedReferences(self.given.repeat(passes, 1, 1, 1, 1), mask)
+        return replace(self, given=self.given.repeat(passes, 1, 1, 1, 1), mask=mask)
 
 
 @dataclass
@@ -61,6 +71,13 @@ class Conditions:
     negative_prompt_embeds: Tensor | None
     references: EncodedReferences | None
     attention_kwargs: dict[str, Any] | None = None
+
+    def riding(self, passes: Sequence[GuidancePass]) -> EncodedReferences | None:
+        """What rides along with a call of these passes, all of which see the references or none; None: nothing."""
+        if self.references is None:
+            return None
+        shown = self.references if passes[0].references else self.references.left_out
+        return None if shown is None else shown.for_passes(len(passes))
 
     def texts(self, passes: Sequence[GuidancePass]) -> Tensor:
         """(passes · B, S, D), pass by pass."""

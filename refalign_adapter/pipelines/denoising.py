@@ -69,9 +69,7 @@ def _predict(
     pipe: Any, latents: Tensor, timestep: Tensor, conditions: Conditions, call: Call, where: tuple[int, float, int]
 ) -> Sequence[Tensor]:
     """One call of the transformer: a prediction (B, C, F, H, W) for each of its passes."""
-    passes, given = len(call), None
-    if call[0].references and conditions.references is not None:
-        given = conditions.references.for_passes(passes)
+    passes, given = len(call), conditions.riding(call)
     batch = latents if passes == 1 else latents.repeat(passes, 1, 1, 1, 1)
     name = "+".join(item.name for item in call)
     with pass_context(pipe.transformer, name, *where), _riding(pipe, given):

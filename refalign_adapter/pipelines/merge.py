@@ -56,6 +56,8 @@ def merge_and_unload(pipe: Any, *, requantize: bool = False) -> Any:
         transformer.fuse_lora()
     transformer.unload_lora()
     branch.merged = True
+    if branch.config.r == 0:  # other LoRAs were merged; this adapter goes on beside the weights
+        return pipe
     transformer.register_to_config(**{CONFIG_KEY: [*merged_into(transformer), branch.weights_digest]})
     pipe.changes = (MERGED, *HOOKED)
     return pipe

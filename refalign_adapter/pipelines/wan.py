@@ -121,9 +121,7 @@ class WanReferencePipeline(ReferencePipeline, WanPipeline):
                 size = (num_frames, height, width)
                 latents = self._initial_latents(prompts * num_videos_per_prompt, size, generator, latents)
                 embeds = self._encode_texts(texts, plan.needs_negative, num_videos_per_prompt, length)
-                references = (
-                    None if given is None else self._encode(given, num_frames).for_videos(num_videos_per_prompt)
-                )
+                references = None if given is None else self._encode(given, size).for_videos(num_videos_per_prompt)
                 conditions = Conditions(*embeds, references, attention_kwargs)
                 callback = callback_on_step_end, callback_on_step_end_tensor_inputs
                 latents = denoise(self, latents, conditions, plan, num_inference_steps, *callback)
