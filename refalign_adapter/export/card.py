@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import refalign_adapter as ra
-from refalign_adapter.data.video import write_video
+from refalign_adapter.media.video_file import write_video
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -91,8 +91,8 @@ WRITTEN_ALONE = (
     "Written out in `refalign_config.json`, which is all of it: there is no LoRA (r 0) and no file of weights."
 )
 BARE_LIMITS = (
-    "It holds no weights: references mean something only to the base that was trained with it, and nothing in the file "
-    "tells which one that is of several of its shape.",
+    "It holds no weights: references mean something only to the base that was trained with it, and of several bases "
+    "of its shape nothing in the file tells which one that is.",
 )
 SCOPE_LIMITS = {
     "all": ("It changes the base: with the adapter loaded, videos without references differ from the base's.",),

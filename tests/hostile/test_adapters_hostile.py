@@ -196,7 +196,8 @@ def test_wrong_types_and_ranges_of_every_field_are_one_line(pipe, folder, name):
         ({"align_layers": 1000}, "align_layers reaches block 999, but the model has 3 blocks"),
         ({"align_layers": [0, 999]}, "align_layers reaches block 999"),
         ({"r": 10**30}, r"r must be an integer in \[0, 16384\]"),
-        ({"r": 0}, "says r 0, an adapter without weights; delete what does not belong to it"),
+        ({"r": 0}, "target_modules must be left out with r 0, which is an adapter without LoRA"),
+        ({"r": 0, "target_modules": None}, "says r 0, an adapter without weights; delete what does not belong to it"),
         ({"base": None}, "base must be a mapping"),
         ({"base": {}}, "base must say which base the adapter fits, got nothing"),
         (
