@@ -10,7 +10,6 @@ import torch
 from diffusers import WanPipeline
 
 import refalign_adapter as ra
-from refalign_adapter.media.video_file import write_video
 
 
 def main() -> None:
@@ -42,7 +41,7 @@ def main() -> None:
         guidance_scale=7.5,  # how strongly the prompt pulls
         generator=torch.Generator().manual_seed(options.seed),
     ).frames[0]
-    write_video(options.output, frames, fps=options.fps)
+    ra.write_video(options.output, frames, fps=options.fps)
     print(options.output)
 
 

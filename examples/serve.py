@@ -20,7 +20,6 @@ from diffusers import WanPipeline
 from PIL import Image
 
 import refalign_adapter as ra
-from refalign_adapter.media.video_file import write_video
 
 ALLOWED = {"height", "width", "num_frames", "num_inference_steps", "guidance_scale", "image_guidance_scale"}
 
@@ -39,7 +38,7 @@ def generate(pipe, request: dict, fps: int) -> bytes:
     ).frames[0]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
-        write_video(path, frames, fps=fps)
+        ra.write_video(path, frames, fps=fps)
         return path.read_bytes()
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .branch.reference_cache import ReferenceCache
     from .config import RefAlignConfig
     from .errors import ConfigError, UserError
+    from .media.video_file import write_video
     from .pipelines.load import load_adapter
     from .pipelines.merge import merge_and_unload
 
@@ -23,6 +24,7 @@ _SOURCES = {
     "load_adapter": ".pipelines.load",
     "merge_and_unload": ".pipelines.merge",
     "reference_alignment_loss": ".alignment.reference.loss",
+    "write_video": ".media.video_file",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "load_adapter",
     "merge_and_unload",
     "reference_alignment_loss",
+    "write_video",
 ]
 
 try:

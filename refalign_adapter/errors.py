@@ -14,6 +14,13 @@ class WriteError(UserError):
     """A file that could not be written: a full disk, a read-only or vanished folder. What was there is whole."""
 
 
+class ReadError(UserError):
+    """What is there and the system does not give: a failing disk, a network folder that is gone, missing rights.
+
+    Nothing says that the file itself is damaged.
+    """
+
+
 class ConfigError(UserError):
     """All problems of one configuration at once.
 
@@ -27,6 +34,10 @@ class ConfigError(UserError):
         self.source = source
         head = f"{source}: " if source else ""
         super().__init__("\n".join(f"{head}{problem}" for problem in self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Exceptions are otherwise made anew of their text alone, when one comes from another process."""
+        return type(self), (self.problems, self.source)
 
 
 def shorten(value: Any, length: int = 120) -> str:

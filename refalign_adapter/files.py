@@ -1,7 +1,7 @@
 """Atomic writes. What is written is there whole or not at all, and a write that fails is one clear line.
 
-Temporary files are named `.<name>.<host>.<process>.tmp`, so that the next run can tell those of dead processes from
-those of live ones, see `remove_leftovers`.
+Temporary files are named `.<name>.<host>.<process>-<its start>.tmp`, so that the next run can tell those of dead
+processes from those of live ones, see `remove_leftovers`. A process's number alone would not do: it is given again.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ import os
 import re
 import shutil
 import socket
+import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from .errors import UserError, WriteError
 from .exchange import exchange
@@ -24,7 +27,9 @@ PICKLE_SUFFIXES = {".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"}
 HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:32] or "host"
 ABANDONED = 86_400.0
 """Seconds after which a temporary file of another host is taken to be a dead process's."""
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[\w-]+)\.(?P<process>\d+)\.(?P<kind>tmp|old)(?P<suffix>\.\w+)?")
+_TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?P<host>[\w-]+)\.(?P<process>\d+)(-(?P<start>\d+))?\.(?P<kind>tmp|old)(?P<suffix>\.\w+)?"
+)
 _OLDER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<kind>tmp|old)(?P<suffix>\.\w+)?")
 """As versions before 0.2 named them."""
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -37,9 +42,29 @@ ADVICE = {
     errno.EPERM: "choose a writable folder",
     errno.EEXIST: "a file is in the way, choose another folder",
     errno.ENOTDIR: "a file is in the way, choose another folder",
+    errno.EISDIR: "a folder is in the way, move it away",
     errno.ENOENT: "its folder is gone; make it again or choose another",
 }
 """What the system says -> the way out."""
+KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def require_regular(path: str | Path) -> None:
+    """Before a file is opened: what is none may keep whoever opens or reads it waiting for ever.
+
+    Raises:
+        OSError: it is not there, or cannot be looked at.
+        ValueError: it is a named pipe, a socket, a device or a folder.
+    """
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG:
+        raise ValueError(f"{KINDS.get(kind, 'something else')}, not a file")
 
 
 def require_writable_folder(path: str | Path, field: str = "output") -> Path:
@@ -82,6 +107,23 @@ def system_error(error: BaseException) -> int | None:
     if type(error).__name__ == "SafetensorError" and (found := _SYSTEM_ERROR.search(str(error))):
         return int(found[1])
     return None
+
+
+def lock_file(path: str | Path, field: str) -> IO[bytes]:
+    """Open a file that processes lock, and make it where there is none.
+
+    Raises:
+        UserError: a pipe, a folder or the like stands there, which could keep its opener waiting for ever.
+        WriteError: it cannot be opened.
+    """
+    with writing(path):
+        try:
+            require_regular(path)
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            raise UserError(f"{field}: {str(path)!r} is {error}; delete it") from None
+        return open(path, "ab")
 
 
 @contextmanager
@@ -153,33 +195,82 @@ def remove_leftovers(folder: str | Path) -> None:
 
     What a live process of this machine is writing stays, and so does what another machine may still be writing.
     """
+    found: list[Path] = []
     with suppress(OSError):
-        for path in sorted(Path(folder).glob(".*.*")):
-            if (found := _TEMPORARY.fullmatch(path.name) or _OLDER.fullmatch(path.name)) and _is_dead(path, found):
-                target = path.with_name(found["name"] + (found["suffix"] or ""))
-                if found["kind"] == "old" and not target.exists():
-                    os.replace(path, target)
-                elif path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+        found = sorted(Path(folder).glob(".*.*"))
+    for path in found:
+        with suppress(OSError):  # another run is at it too
+            _remove_leftover(path)
+
+
+def _remove_leftover(path: Path) -> None:
+    found = _TEMPORARY.fullmatch(path.name) or _OLDER.fullmatch(path.name)
+    if found is None or not _is_dead(path, found):
+        return
+    target = path.with_name(found["name"] + (found["suffix"] or ""))
+    if found["kind"] == "old" and not target.exists():
+        os.replace(path, target)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_dead(path: Path, found: re.Match[str]) -> bool:
     if found.groupdict().get("host") not in (None, HOST):
         return time.time() - path.lstat().st_mtime > ABANDONED
+    process, start = int(found["process"]), found.groupdict().get("start")
     try:
-        os.kill(int(found["process"]), 0)
+        os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return True
-    except PermissionError:  # of another user
-        return False
-    return int(found["process"]) == 0
+    except PermissionError:  # of another user; whether it is the same process is still to be seen
+        pass
+    started = process_start(process)
+    if process == 0 or started == 0:
+        return True
+    if start is not None:
+        return started is not None and started != int(start)
+    return _began_later(process, path.lstat().st_mtime)
+
+
+def process_start(process: int) -> int | None:
+    """When a process started, as the system counts: with its number, this tells it from every other one.
+
+    Returns:
+        0 for one that is dead and only waits to be fetched by its parent; None where it cannot be told.
+    """
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, ValueError, IndexError):
+            state = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
+            return 0 if state[0] in "ZX" else int(state[19])
+    began = _began(process)
+    return None if began is None else int(began * 1000)
+
+
+def _began(process: int) -> float | None:
+    import psutil
+
+    try:
+        return psutil.Process(process).create_time()
+    except psutil.Error:
+        return None
+
+
+def _began_later(process: int, written: float) -> bool:
+    """Whether a process began so long after a file was written that no difference of two clocks explains it: it has
+    the number of the writer, whose start the file's name does not say, and is another one.
+    """
+    began = _began(process)
+    return began is not None and began - written > ABANDONED
 
 
 def temporary_path(target: Path, kind: str) -> Path:
     """A hidden name beside `target` by which the next run knows whose it is; `kind` is tmp or old."""
-    return target.with_name(f".{target.stem}.{HOST}.{os.getpid()}.{kind}{target.suffix}")
+    process = os.getpid()
+    start = process_start(process)
+    known = f"{process}-{start}" if start else process
+    return target.with_name(f".{target.stem}.{HOST}.{known}.{kind}{target.suffix}")
 
 
 def _settle_all(folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import require_regular
 
 
 def hash_of(value: Any) -> str:
@@ -23,7 +24,8 @@ def file_digest(path: str | Path) -> str:
         UserError: the file cannot be read.
     """
     try:
+        require_regular(path)
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r} ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {str(path)!r} ({getattr(error, 'strerror', None) or error})") from None

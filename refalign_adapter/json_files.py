@@ -94,7 +94,7 @@ def parse_json(content: str | bytes, *, pairs: Callable[[list[tuple[str, Any]]],
     """
     text = decode_text(content) if isinstance(content, bytes) else content
     try:
-        value = json.loads(text, object_pairs_hook=pairs or _object, parse_constant=_refuse_constant)
+        value = (_decoder(pairs) if pairs else _DECODER).decode(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
@@ -121,6 +121,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value; write null, or leave it out")
+
+
+def _decoder(pairs: Callable[[list[tuple[str, Any]]], Any]) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=pairs, parse_constant=_refuse_constant)
+
+
+_DECODER = _decoder(_object)
+"""`json.loads` makes one for every line, which takes a fifth of the time of reading a list of files."""
 
 
 def _check_depth(value: Any) -> None:

@@ -178,6 +178,26 @@ def test_memory_is_that_of_a_process_and_its_children():
         child.communicate(b"\n")
 
 
+def test_reading(tmp_path):
+    app = typer.Typer()
+    app.command()(importlib.import_module("reading").main)
+    few = {"rows": 2, "files": 3, "parts": 2, "folder": tmp_path}
+    given = [part for option, value in {**TINY, **few}.items() for part in (f"--{option}", str(value))]
+    file = tmp_path / "figures.json"
+    result = CliRunner().invoke(app, [*given, "--json", str(file)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found = json.loads(file.read_text())
+    features = (8 * 8 // 14) * (12 * 8 // 14) * 768
+    assert found["row_bytes"] == 2 * (16 * 2 * 8 * 12 + 2 * 16 * 8 * 12 + 100 * 4096 + 2 * features)
+    seconds = found["seconds"]
+    share = max(0, seconds["checked"] - seconds["unchecked"]) / seconds["step"]
+    assert found["share"] == pytest.approx(share)
+    assert found["bars"][0]["value"] == pytest.approx(share)
+    assert list(found["staleness_first"]) == list(found["staleness_again"]) == ["3"]
+    assert set(found["parts_per_second"]) == {"durable", "not durable"}
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
 @pytest.mark.slow
 def test_caching(tmp_path):
     app = typer.Typer()

@@ -95,7 +95,7 @@ def test_mistakes_are_plain_lines_and_nothing_is_written(recipe, tmp_path, capsy
 
 
 def test_ctrl_c_is_one_line_and_the_next_run_goes_on(recipe, tmp_path, capsys, monkeypatch):
-    from refalign_adapter.data.cache.build import encode
+    from refalign_adapter.data.cache import encode
 
     arguments = ["--config", str(recipe), f"data.cache_dir={tmp_path}"]
     encode_row = encode.RowEncoder.encode

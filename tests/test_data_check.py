@@ -9,7 +9,7 @@ import yaml
 
 from refalign_adapter.commands import data_check
 from refalign_adapter.commands.app import main
-from refalign_adapter.data.check.check import inspection
+from refalign_adapter.data.check import inspection
 from refalign_adapter.signals import Stopped
 
 

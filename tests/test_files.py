@@ -1,16 +1,28 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
 from refalign_adapter import files
 from refalign_adapter.errors import ConfigError, UserError, WriteError
 from refalign_adapter.exchange import exchange
-from refalign_adapter.files import HOST, atomic_file, atomic_folder, remove_leftovers, require_writable_folder, writing
+from refalign_adapter.files import (
+    HOST,
+    atomic_file,
+    atomic_folder,
+    process_start,
+    remove_leftovers,
+    require_regular,
+    require_writable_folder,
+    temporary_path,
+    writing,
+)
 
 
 def names(folder):
@@ -261,3 +273,58 @@ def test_leftovers_of_dead_processes_go_and_those_of_live_ones_stay(tmp_path):
     remove_leftovers(tmp_path)
     assert not (tmp_path / f".c.{there}.tmp").exists()
     remove_leftovers(tmp_path / "absent")
+
+
+def test_a_number_that_another_process_was_given_since_protects_no_leftover(tmp_path):
+    """A live process has the dead writer's number: that it is another one shows by when it began."""
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        start = process_start(other.pid)
+        assert start
+        mine = temporary_path(tmp_path / "mine.txt", "tmp")
+        mine.write_text("half")
+        assert remove_and_list(tmp_path) == [mine.name]
+        live, dead = f".a.{HOST}.{other.pid}-{start}.tmp", f".b.{HOST}.{other.pid}-{start - 1}.tmp"
+        recent, old = f".c.{HOST}.{other.pid}.tmp", f".d.{HOST}.{other.pid}.tmp"  # as named before: no start
+        for name in (live, dead, recent, old):
+            (tmp_path / name).write_text("half")
+        os.utime(tmp_path / live, (0, 0))
+        os.utime(tmp_path / old, (0, 0))
+        assert remove_and_list(tmp_path) == sorted([mine.name, live, recent])
+    finally:
+        other.communicate(b"\n")
+
+
+def test_a_dead_process_that_nobody_has_fetched_is_dead(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert dead.stdout is not None
+    dead.stdout.read()  # it has ended, and is not waited for
+    deadline = time.monotonic() + 10
+    while process_start(dead.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for name in (f".a.{HOST}.{dead.pid}-1.tmp", f".b.{HOST}.{dead.pid}.tmp"):
+        (tmp_path / name).touch()
+    assert remove_and_list(tmp_path) == []
+    dead.wait()
+
+
+def remove_and_list(folder):
+    remove_leftovers(folder)
+    return names(folder)
+
+
+def test_what_is_no_file_is_told_before_it_is_opened(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    require_regular(tmp_path / "file")
+    require_regular(tmp_path / "link")
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for name, kind in ((tmp_path / "pipe", "named pipe"), (tmp_path / "socket", "socket"), (tmp_path, "folder")):
+            with pytest.raises(ValueError, match=f"a {kind}, not a file"):
+                require_regular(name)
+        with pytest.raises(ValueError, match="a device, not a file"):
+            require_regular("/dev/zero")
+    with pytest.raises(FileNotFoundError):
+        require_regular(tmp_path / "absent")

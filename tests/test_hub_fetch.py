@@ -115,9 +115,10 @@ def test_a_full_disk_is_a_write_error(tmp_path):
 
 
 BASE = """
-import json, sys
+import logging, sys
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as the command line does: it misses kernels for the CPU
 from refalign_adapter.errors import UserError
-from refalign_adapter.pipelines.options import GenerateOptions, load_pipeline
+from refalign_adapter.generation.options import GenerateOptions, load_pipeline
 
 for base in ("open/base", "original/base", "open/base"):
     try:

@@ -6,6 +6,7 @@ Shape letters: B batch, C latent channels, M references, h and w latent height a
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -26,7 +27,7 @@ from .fingerprint import Fingerprint
 from .isolated import IsolatedAttention
 from .joint import JointAttention
 from .lora import active_adapters, add_lora, lora_parameters, remove_lora, restore_trainable, trainable_state
-from .lora_scope import LoraScope, dead_layers
+from .lora_scope import LoraScope, dead_layers, lora_layers
 from .reference_cache import ReferenceCache
 from .state import BranchState, prepare_references
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 ADAPTER_NAME = "refalign"
 _MARK = "_refalign_branches"
+_living: weakref.WeakSet[ReferenceBranch] = weakref.WeakSet()
 
 
 class ReferenceBranch:
@@ -69,6 +71,7 @@ class ReferenceBranch:
         self.fingerprint = Fingerprint(self._scope, config, layers)
         self._hooks = self._build_hooks()
         transformer.__dict__.setdefault(_MARK, {})[adapter_name] = self
+        _living.add(self)
         _guard_saving(transformer)
 
     def _build_hooks(self) -> ReferenceAttention:
@@ -106,6 +109,7 @@ class ReferenceBranch:
         self.check_switched_on()
         if isinstance(latents, ReferenceCache):
             return self._state.waiting(self._check_cache(latents))
+        self._check_not_fused_over()
         return self._state.waiting(prepare_references(latents, mask, tokens))
 
     @torch.no_grad()
@@ -134,6 +138,7 @@ class ReferenceBranch:
                 switched off.
         """
         self.check_switched_on()
+        self._check_not_fused_over()
         references = prepare_references(latents, mask, tokens)
         if references is None:
             return None
@@ -169,6 +174,15 @@ class ReferenceBranch:
         """
         if not self.always_on:
             self._scope.check_switched_on()
+
+    def _check_not_fused_over(self) -> None:
+        """Refuse references while another LoRA is fused into the layers: PEFT then passes over this one."""
+        for layer in lora_layers(self.transformer):
+            if self.adapter_name in layer.lora_A and layer.merged and self.adapter_name not in layer.merged_adapters:
+                raise UserError(
+                    f"references: adapter {self.adapter_name!r} does not act while {list(layer.merged_adapters)} are "
+                    "fused into its layers; call unfuse_lora(), or use references that were encoded before"
+                )
 
     @property
     def capture(self) -> bool:
@@ -244,6 +258,11 @@ class ReferenceBranch:
 def branches_of(transformer: Any) -> dict[str, ReferenceBranch]:
     """The branches on `transformer` by their adapters' names, oldest first."""
     return getattr(transformer, _MARK, {})
+
+
+def living_branches() -> list[ReferenceBranch]:
+    """All branches that are on some transformer of this process."""
+    return [branch for branch in _living if branches_of(branch.transformer).get(branch.adapter_name) is branch]
 
 
 def _guard_saving(transformer: Any) -> None:

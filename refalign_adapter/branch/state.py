@@ -178,6 +178,14 @@ class BranchState:
         self._owner: int | None = None
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a transformer has no references waiting and no thread."""
+        return {"capture": self.capture}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()
+        self.capture = state["capture"]
+
     @contextmanager
     def waiting(self, references: References | ReferenceCache | None) -> Iterator[None]:
         """Have `references` ride along with every call inside the context.

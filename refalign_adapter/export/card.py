@@ -19,7 +19,6 @@ import torch
 from diffusers import DiffusionPipeline
 
 import refalign_adapter as ra
-from refalign_adapter.media.video_file import write_video
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -38,7 +37,7 @@ video = pipe(
     guidance_scale=7.5,
     generator=torch.Generator().manual_seed(0),
 ).frames[0]
-write_video("beach.mp4", video, fps=16)
+ra.write_video("beach.mp4", video, fps=16)
 """
 
 STOCK_USAGE = """

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -32,8 +33,8 @@ class Family(ABC):
         transformer_classes: names of the diffusers classes it covers.
         pipeline_class: name of the diffusers text-to-video pipeline class.
         max_text_tokens: of a prompt at most; what is longer is cut by the family's own pipeline or was never trained.
-        video_argument, text_argument, timestep_argument: names of the transformer's forward arguments for latents,
-            prompt embeddings and timesteps.
+        video_argument, timestep_argument: names of the transformer's forward arguments for latents and timesteps.
+        text_arguments: names of those that hold what the text encoder made of a prompt.
     """
 
     key: str
@@ -41,8 +42,8 @@ class Family(ABC):
     pipeline_class: str
     max_text_tokens: int = 512
     video_argument: str = "hidden_states"
-    text_argument: str = "encoder_hidden_states"
     timestep_argument: str = "timestep"
+    text_arguments: tuple[str, ...] = ("encoder_hidden_states",)
 
     @abstractmethod
     def transformer_problem(self, transformer: Any) -> str | None:
@@ -159,6 +160,23 @@ class Family(ABC):
     @abstractmethod
     def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
         """Prompts to embeddings (B, max_sequence_length, D); rows past a prompt's last token are zero."""
+
+    def stock_scale(self, arguments: Mapping[str, Any]) -> float:
+        """The guidance scale that the pipeline's own loop multiplies by, from the arguments of its call."""
+        return arguments["guidance_scale"]
+
+    def negative_arguments(self, encoded: Any) -> dict[str, Tensor] | None:
+        """The transformer's text arguments for the negative prompt, from what the pipeline's `encode_prompt` returned;
+        None when there is no negative prompt."""
+        return None if encoded[1] is None else {self.text_arguments[0]: encoded[1]}
+
+    def latents_shape(self, pipe: Any, transformer: Any, videos: int, size: tuple[int, int, int]) -> tuple[int, ...]:
+        """Shape of the noise that the pipeline's call takes as `latents`; size is (frames, height, width)."""
+        patch = self.patch_size(transformer)
+        time, rows, columns = self.size_multiples(pipe, patch)
+        frames, height, width = size
+        channels = transformer.config.in_channels
+        return videos, channels, (frames - 1) // time + 1, height * patch[1] // rows, width * patch[2] // columns
 
     @abstractmethod
     def flow_shift(self, scheduler: Any) -> float:

@@ -121,11 +121,11 @@ def kept_share(size: Size, clip: VideoFacts) -> float:
 def size_misfits(size: Size, multiples: tuple[int, int, int]) -> Iterator[str]:
     """What of a size a base cannot cut into tokens, one line each; `multiples` as of `Family.size_multiples`."""
     time, rows, columns = multiples
-    if (size.num_frames - 1) % time:
+    if size.num_frames < 1 or (size.num_frames - 1) % time:
         near = max(0, round((size.num_frames - 1) / time)) * time + 1
         yield f"num_frames must be a multiple of {time} plus 1, got {size.num_frames}; try {near}"
     for name, multiple in (("height", rows), ("width", columns)):
         value = getattr(size, name)
-        if value % multiple:
+        if value < 1 or value % multiple:
             near = max(1, round(value / multiple)) * multiple
             yield f"{name} must be a multiple of {multiple}, got {value}; try {near}"

@@ -13,7 +13,7 @@ from ..branch.attach import ReferenceBranch, branch_of, branches_of, switched_on
 from ..branch.lora import active_adapters, remove_lora, restore_trainable, trainable_state
 from ..errors import UserError
 from .exporting import check_exportable
-from .fusing import is_merged
+from .fusing import check_fusible, is_merged, remember_strengths, restore_strengths
 
 
 class NamedAdapters:
@@ -87,11 +87,19 @@ class NamedAdapters:
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in names:
+            if name not in branches_of(self.transformer) and is_merged(self.transformer, name):
+                raise UserError(
+                    f"delete_adapters: {name!r} is fused into the transformer's weights and would stay there; call "
+                    "unfuse_lora() first"
+                )
+        for name in names:
             if (branch := branches_of(self.transformer).get(name)) is not None:
                 self._take_off(branch)
             elif name in getattr(self.transformer, "peft_config", {}):
                 with _trainable_kept(self.transformer):
                     remove_lora(self.transformer, name)
+        if self._own is None or self._own.adapter_name in names:
+            self.changes = ()
         super().delete_adapters(names)  # type: ignore[misc]  # those of other components
 
     def unload_lora_weights(self) -> None:
@@ -122,8 +130,9 @@ class NamedAdapters:
             self.unfuse_lora()  # type: ignore[attr-defined]  # of diffusers' LoRA mixin
         branch.detach()
 
+    @classmethod
     def save_lora_weights(
-        self, save_directory: Any, transformer_lora_layers: Any = None, *args: Any, **kwargs: Any
+        cls, save_directory: Any, transformer_lora_layers: Any = None, *args: Any, **kwargs: Any
     ) -> None:
         """Write LoRA weights for stock loaders; as in diffusers.
 
@@ -131,8 +140,33 @@ class NamedAdapters:
             UserError: they are those of an adapter that acts on references alone, which stock loaders would apply to
                 video tokens too.
         """
-        check_exportable(self.transformer, transformer_lora_layers, "save_lora_weights")
+        check_exportable(transformer_lora_layers, "save_lora_weights")
         super().save_lora_weights(save_directory, transformer_lora_layers, *args, **kwargs)  # type: ignore[misc]
+
+    def fuse_lora(
+        self,
+        components: Any = ("transformer",),
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add LoRAs to the weights, to be taken out again by `unfuse_lora`; as in diffusers.
+
+        Raises:
+            UserError: one of them acts on references alone, or references would not be what they are without it.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        check_fusible(self.transformer, names)
+        remember_strengths(self.transformer)
+        super().fuse_lora(  # type: ignore[misc]  # of diffusers' LoRA mixin
+            list(components), lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=names, **kwargs
+        )
+
+    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Take fused LoRAs out of the weights; each acts at the strength it had before, whatever `lora_scale` was."""
+        super().unfuse_lora(*args, **kwargs)  # type: ignore[misc]  # of diffusers' LoRA mixin
+        restore_strengths(self.transformer)
 
 
 def switch_on(transformer: Any, names: Sequence[str]) -> None:

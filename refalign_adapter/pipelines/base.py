@@ -6,11 +6,8 @@ reference's latent height and width.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,13 +15,13 @@ from torch import Tensor
 
 from ..branch.attach import branches_of
 from ..branch.reference_cache import ReferenceCache
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, shorten
 from ..families.base import Family
 from ..media.canvas import reference_size
+from ..media.sizes import Size, size_misfits
 from .adapters import NamedAdapters
 from .attention_backends import DIFFERENT, LEFT_OUT, check_mask
 from .conditions import EncodedReferences
-from .fusing import check_fusible
 from .references import FIELD, Canvases, count_prompts, group_by_prompt, load_canvases
 from .step_caches import check_step_cache, prefill_context, reset_step_cache
 
@@ -32,7 +29,8 @@ MAX_REFERENCES = 8
 
 
 class ReferencePipeline(NamedAdapters):
-    """Mixed into a diffusers pipeline class. `load_adapter` makes it; it shares the given pipeline's components.
+    """What a pipeline with references does beside its call. `load_adapter` makes it; it shares the given pipeline's
+    components.
 
     Attributes:
         max_references: most references a prompt may have. Each takes the memory and time of one more latent frame; the
@@ -71,7 +69,7 @@ class ReferencePipeline(NamedAdapters):
                     f"{FIELD}: attention {attention!r} runs references along with the video and has nothing to keep "
                     "of them; pass them to each call, or train an adapter with attention='isolated'"
                 )
-            self._check_numbers(height, width, num_frames)
+            self._check_size(num_frames, height, width)
             references = self._read_references(images, count_prompts(images), height, width)
             if references is None:
                 raise UserError(f"{FIELD}: give at least one image to encode")
@@ -81,47 +79,28 @@ class ReferencePipeline(NamedAdapters):
         assert isinstance(cache, ReferenceCache)
         return cache
 
-    def fuse_lora(
-        self,
-        components: Any = ("transformer",),
-        lora_scale: float = 1.0,
-        safe_fusing: bool = False,
-        adapter_names: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Add LoRAs to the weights, to be taken out again by `unfuse_lora`; as in diffusers.
+    @property
+    def _family(self) -> Family:
+        return self._loaded_branch().family
 
-        Raises:
-            UserError: one of them acts on references alone.
-        """
-        check_fusible(self.transformer, [adapter_names] if isinstance(adapter_names, str) else adapter_names)
-        super().fuse_lora(  # type: ignore[misc]  # of diffusers' LoRA mixin
-            list(components), lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names, **kwargs
-        )
-
-    def _velocity(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, attention_kwargs: dict[str, Any] | None
-    ) -> Tensor:
-        """One call of the transformer: latents (B, C, F, H, W), a scalar timestep, text (B, S, D) to a velocity."""
-        raise NotImplementedError
+    def _has_branch(self) -> bool:
+        return bool(branches_of(self.transformer))
 
     def _multiples(self) -> tuple[int, int, int]:
         """(t, h, w): frames are k · t + 1, height a multiple of h and width of w, in pixels."""
         branch = self._loaded_branch()
         return branch.family.size_multiples(self, branch.family.patch_size(branch.transformer))
 
-    def _check_numbers(self, height: int, width: int, frames: int, **counts: int) -> None:
-        """Refuse sizes that the model cannot cut into tokens, and counts below 1; all at once."""
-        time, rows, columns = self._multiples()
-        problems = [f"{name} must be at least 1, got {value}" for name, value in counts.items() if value < 1]
-        if frames < 1 or (frames - 1) % time:
-            near = max(0, round((frames - 1) / time)) * time + 1
-            problems.append(f"num_frames must be a multiple of {time} plus 1, got {frames}; try {near}")
-        for name, value, multiple in (("height", height, rows), ("width", width, columns)):
-            if value < 1 or value % multiple:
-                near = max(1, round(value / multiple)) * multiple
-                problems.append(f"{name} must be a multiple of {multiple}, got {value}; try {near}")
-        if problems:
+    def _check_size(self, frames: Any, height: Any, width: Any) -> None:
+        """Refuse sizes that the model cannot cut into tokens; all at once."""
+        given = {"num_frames": frames, "height": height, "width": width}
+        if problems := [
+            f"{name} must be a whole number, got {shorten(value)}"
+            for name, value in given.items()
+            if type(value) is not int
+        ]:
+            raise ConfigError(problems)
+        if problems := list(size_misfits(Size(frames, height, width), self._multiples())):
             raise ConfigError(problems)
 
     def _read_references(self, images: Any, prompts: int, height: int, width: int) -> Canvases | None:
@@ -182,6 +161,11 @@ class ReferencePipeline(NamedAdapters):
         """Refuse settings of the transformer with which references would go wrong."""
         branch = self._reference_branch()
         check_step_cache(self.transformer)
+        if getattr(self.transformer, "_parallel_config", None) is not None:
+            raise UserError(
+                "pipe: its transformer shares a video out among devices (enable_parallelism), which references do not "
+                "take yet; leave context parallelism off, or references out"
+            )
         if branch.config.attention == "isolated" and (attention_kwargs or {}).get("scale", 1) != 1:
             raise UserError(
                 "attention_kwargs: 'scale' does not reach references with attention 'isolated', as their keys and "
@@ -220,8 +204,7 @@ class ReferencePipeline(NamedAdapters):
             self.maybe_free_model_hooks()  # type: ignore[attr-defined]  # of diffusers' pipeline
 
     def _encode(self, references: Canvases | ReferenceCache, size: tuple[int, int, int]) -> EncodedReferences:
-        """What passes are given: latents, or, with isolated attention, keys and values for videos of that size:
-        frames, height, width."""
+        """What passes are given: latents, or, with isolated attention, keys and values for videos of that size."""
         if isinstance(references, ReferenceCache):
             return EncodedReferences(references)
         branch = self._reference_branch()
@@ -256,26 +239,3 @@ class ReferencePipeline(NamedAdapters):
         for (b, m), latent in zip(places, encoded, strict=True):
             latents[b, m] = latent
         return latents.transpose(1, 2)
-
-
-def build_pipeline(pipe: Any, family: Family, **replaced: Any) -> Any:
-    """The family's reference pipeline with the components and settings of `pipe`; diffusers' `from_pipe` would cast
-    them to float32.
-
-    Args:
-        pipe: a pipeline of the family.
-        family: the family.
-        replaced: components to take instead of its own.
-
-    Raises:
-        UserError: the family has no reference pipeline.
-    """
-    if find_spec(f"{__package__}.{family.key}") is None:
-        raise UserError(
-            f"pipe: there is no reference pipeline for {family.key!r}; use attach() and branch.references()"
-        )
-    pipeline_class = import_module(f"{__package__}.{family.key}").PIPELINE
-    components = {**pipe.components, **replaced}
-    names = inspect.signature(pipeline_class.__init__).parameters
-    settings = {name: pipe.config[name] for name in names if name in pipe.config and name not in components}
-    return pipeline_class(**components, **settings)

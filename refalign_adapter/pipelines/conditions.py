@@ -1,20 +1,18 @@
-"""What the passes of a generation's steps see, encoded.
+"""References as the passes of a generation's steps are given them.
 
 Shape letters: B prompts times videos per prompt, C latent channels, M references, h and w their latents' height and
-width, S text tokens, D text width.
+width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..branch.reference_cache import ReferenceCache
-from .guidance import GuidancePass
+from .guidance import Call
 
 
 @dataclass(frozen=True)
@@ -56,32 +54,8 @@ class EncodedReferences:
         mask = None if self.mask is None else self.mask.repeat(passes, 1)
         return replace(self, given=self.given.repeat(passes, 1, 1, 1, 1), mask=mask)
 
-
-@dataclass
-class Conditions:
-    """What passes see. A user's callback may replace the embeddings.
-
-    Attributes:
-        prompt_embeds, negative_prompt_embeds: (B, S, D); the latter None when no pass needs it.
-        references: None without.
-        attention_kwargs: handed to the transformer.
-    """
-
-    prompt_embeds: Tensor
-    negative_prompt_embeds: Tensor | None
-    references: EncodedReferences | None
-    attention_kwargs: dict[str, Any] | None = None
-
-    def riding(self, passes: Sequence[GuidancePass]) -> EncodedReferences | None:
-        """What rides along with a call of these passes, all of which see the references or none; None: nothing."""
-        if self.references is None:
-            return None
-        shown = self.references if passes[0].references else self.references.left_out
-        return None if shown is None else shown.for_passes(len(passes))
-
-    def texts(self, passes: Sequence[GuidancePass]) -> Tensor:
-        """(passes · B, S, D), pass by pass."""
-        texts = [self.prompt_embeds if item.text else self.negative_prompt_embeds for item in passes]
-        given = [text for text in texts if text is not None]
-        assert len(given) == len(passes), "a pass without a negative prompt"
-        return given[0] if len(given) == 1 else torch.cat(given)
+    def for_call(self, call: Call) -> EncodedReferences | None:
+        """What rides along with a call of the transformer: the references, or what stands for them in passes without;
+        None: nothing."""
+        shown = self if call[0].references else self.left_out
+        return None if shown is None else shown.for_passes(len(call))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..branch.attach import branches_of
+from ..branch.attach import living_branches
 from ..export.formats import require_scope_all
 
 SAMPLE = 4
@@ -17,11 +17,10 @@ UP = ".lora_B."
 """Up-projections start at zero, so that only training makes them what they are; others may share a seed."""
 
 
-def check_exportable(transformer: Any, layers: nn.Module | Mapping[str, Tensor] | None, target: str) -> None:
+def check_exportable(layers: nn.Module | Mapping[str, Tensor] | None, target: str) -> None:
     """Refuse to hand an adapter's weights to a stock format that cannot hold its scope.
 
     Args:
-        transformer: with its adapters.
         layers: what is to be written: a module, or tensors under any names, cast and moved or not.
         target: what the user called; it opens the message.
 
@@ -30,7 +29,7 @@ def check_exportable(transformer: Any, layers: nn.Module | Mapping[str, Tensor] 
     """
     tensors = layers.state_dict() if isinstance(layers, nn.Module) else layers or {}
     given = _marks(tensors.values())
-    for branch in branches_of(transformer).values():
+    for branch in living_branches():
         if given & _marks(parameter for name, parameter in branch.named_parameters() if UP in name):
             require_scope_all(branch.config, target)
 

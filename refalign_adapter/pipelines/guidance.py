@@ -30,7 +30,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shorten
 
 ALL_STEPS = (0.0, 1.0)
 
@@ -92,7 +92,16 @@ def check_scales(
     Raises:
         ConfigError: every problem.
     """
-    problems = []
+    problems = [
+        f"{name} must be a number, got {shorten(value)}"
+        for name, value in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale))
+        if not isinstance(value, int | float)
+    ]
+    interval = list(guidance_interval) if isinstance(guidance_interval, list | tuple) else []
+    if len(interval) != 2 or not all(isinstance(value, int | float) for value in interval):
+        problems.append(f"guidance_interval must be two shares of the steps, got {shorten(guidance_interval)}")
+    if problems:
+        raise ConfigError(problems)
     if not (math.isfinite(guidance_scale) and guidance_scale >= 1):
         problems.append(f"guidance_scale must be at least 1, which turns it off, got {guidance_scale}")
     if not (math.isfinite(image_guidance_scale) and image_guidance_scale >= 0):
@@ -100,7 +109,7 @@ def check_scales(
             f"image_guidance_scale must be at least 0; 1 turns it off and less weakens the references, "
             f"got {image_guidance_scale}"
         )
-    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] < guidance_interval[1] <= 1:
+    if not 0 <= interval[0] < interval[1] <= 1:
         problems.append(
             "guidance_interval must be two shares of the steps, start below stop, both in [0, 1], "
             f"got {tuple(guidance_interval)}"

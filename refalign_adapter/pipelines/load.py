@@ -16,8 +16,8 @@ from ..export.folder import open_adapter
 from ..families.base import Family, load_family
 from ..media.canvas import fixed_size_problems
 from .adapters import switch_on
-from .base import build_pipeline
 from .merge import HOOKED, MERGED, merged_into
+from .reference_class import build_pipeline
 from .weights import check_fits, load_weights, weights_digest
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def load_adapter(
         revision, token: of the Hub.
 
     Returns:
-        A `ReferencePipeline`, for Wan a `WanReferencePipeline`.
+        A `ReferencePipeline` that is of the pipeline's own class too: of a `WanPipeline` a `WanReferencePipeline`.
 
     Raises:
         UserError: no adapter there but something else (said is what it is and what opens it), one made for another
@@ -72,7 +72,7 @@ def load_adapter(
     digest = weights_digest(state)
     inside = bool(config.r) and _is_inside(transformer, digest)
     adds = bool(config.r) and not inside
-    made = build_pipeline(pipe, family)
+    made = build_pipeline(pipe)
     trainable, active = trainable_state(transformer), active_adapters(transformer)
     older = [branch.adapter_name for branch in switched_on(transformer)]
     try:
@@ -105,6 +105,11 @@ def _check_pipeline(pipe: Any, adapter_name: str) -> Family:
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(pipe, diffusers.DiffusionPipeline) or transformer is None:
         raise UserError(f"pipe: expected a diffusers pipeline with a transformer, got {type(pipe).__name__}")
+    if hasattr(transformer, "_orig_mod"):
+        raise UserError(
+            "pipe: its transformer is compiled, which hides its layers; load the adapter first, and compile then, "
+            "best with pipe.transformer.compile_repeated_blocks()"
+        )
     family = load_family(transformer)
     if problem := family.pipeline_problem(pipe):
         raise UserError(problem)

@@ -7,6 +7,7 @@
     checkpoint-N/training/optimizer.safetensors     the optimizer's tensors, `parameter/key`
     checkpoint-N/training/ema.safetensors           with a moving average
     checkpoint-N/training/state.json                progress, schedule, the optimizer's numbers, the recipe
+    checkpoint-N/training/rows.json                 keys of the training and held-out rows, in their order
     checkpoint-N/training/checksums.json            SHA-256 of all of them, see `checkpoint_files`
 
 No random state is in them: each step's generators are seeded by (seed, step, process). No learning rates either: they
@@ -29,7 +30,7 @@ from ..branch.attach import ReferenceBranch
 from ..files import atomic_folder, writing
 from ..json_files import write_json
 from ..tensor_files import save_tensors
-from .checkpoint_files import ADAPTER, STATE, TRAINING, delete_oldest, make_room, write_checksums
+from .checkpoint_files import ADAPTER, ROWS, STATE, TRAINING, delete_oldest, make_room, write_checksums
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -97,7 +98,12 @@ def averaged_weights(trained: Trained) -> Iterator[None]:
 
 
 def save_checkpoint(
-    output_dir: Path, trained: Trained, progress: Progress, run: dict[str, Any], limit: int | None = None
+    output_dir: Path,
+    trained: Trained,
+    progress: Progress,
+    run: dict[str, Any],
+    limit: int | None = None,
+    rows: Mapping[str, list[str]] | None = None,
 ) -> Path:
     """Write `checkpoint-{step}`, then delete the oldest beyond `limit`.
 
@@ -107,6 +113,7 @@ def save_checkpoint(
         progress: how far it is.
         run: JSON facts about the run (recipe, number of processes), for `load_checkpoint`'s caller to compare.
         limit: checkpoints to keep; None keeps all.
+        rows: "training" and "held_out" -> keys, by which a resumed run tells what has changed; None: not known.
 
     Raises:
         WriteError: it cannot be written; those before are as they were.
@@ -126,6 +133,8 @@ def save_checkpoint(
             _save(temporary / TRAINING / LORA, lora)
             _save(temporary / TRAINING / EMA, dict(zip(lora, trained.ema.shadow_params, strict=True)))
         write_json(temporary / TRAINING / STATE, state)
+        if rows is not None:
+            write_json(temporary / TRAINING / ROWS, rows)
         write_checksums(temporary)
     delete_oldest(output_dir, progress.step, limit)
     return folder

@@ -18,11 +18,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
-from ..files import HOST, remove_leftovers
+from ..files import remove_leftovers, temporary_path
 from ..json_files import read_json, write_json
 
 ADAPTER, TRAINING = "adapter", "training"
-STATE, CHECKSUMS = "state.json", "checksums.json"
+STATE, ROWS, CHECKSUMS = "state.json", "rows.json", "checksums.json"
+MAX_ROWS_BYTES = 2**30
+"""Of `rows.json`: some 25 million rows."""
 CHUNK = 2**20
 MAX_COUNT = 10**12
 """Steps, batches and passes that a run may count to: far beyond any, and far from where numbers overflow."""
@@ -64,6 +66,18 @@ def read_state(folder: Path) -> CheckpointState:
     if named and int(named[1]) != state.step:
         raise UserError(f"{STATE} says step {state.step}, the folder's name {named[1]}")
     return state
+
+
+def read_rows(folder: Path) -> dict[str, list[str]] | None:
+    """Keys of a checkpoint's rows, see `save_checkpoint`; None where it does not say, as those of before 0.2."""
+    try:
+        rows = read_json(folder / TRAINING / ROWS, "rows", max_bytes=MAX_ROWS_BYTES)
+    except UserError:
+        return None
+    if not isinstance(rows, dict) or set(rows) != {"training", "held_out"}:
+        return None
+    whole = all(isinstance(keys, list) and all(isinstance(key, str) for key in keys) for keys in rows.values())
+    return rows if whole else None
 
 
 def write_checksums(folder: Path) -> None:
@@ -209,6 +223,6 @@ def delete_oldest(output_dir: Path, step: int, limit: int | None) -> None:
         if path.is_symlink():
             path.unlink()
             continue
-        hidden = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")  # never half a checkpoint under its own name
+        hidden = temporary_path(path, "tmp")  # never half a checkpoint under its own name
         os.replace(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)

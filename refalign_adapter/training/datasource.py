@@ -9,13 +9,14 @@ from functools import partial
 
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..batch import Batch, CachedSample
 from ..data.cache.buckets import BucketBatchSampler
 from ..data.cache.dataset import CachedDataset, UnreadableRowError, collate, open_cache
 from ..data.cache.freshness import check_fresh
 from ..data.cache.index import REMEDY
+from ..data.cache.prefetch import loaded
 from ..data.sources.manifest import sources_of
 from ..errors import UserError
 from ..hashes import hash_of
@@ -38,6 +39,7 @@ class TrainingData:
         shapes: what rows must have in common to share a batch, one of each training row.
         max_unreadable: share of the training rows that may turn unreadable, in [0, 1].
         unreadable: rows that did: place -> why; others of their shape were taken instead.
+        left_out: held-out rows that could not be read when they were last asked for: number -> why.
     """
 
     training: CachedDataset
@@ -49,11 +51,18 @@ class TrainingData:
     shapes: list[Hashable] = field(default_factory=list)
     max_unreadable: float = 0.0
     unreadable: dict[str, str] = field(default_factory=dict)
+    left_out: dict[int, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """Of the training rows and their order."""
         return hash_of(self.training.keys)
+
+    @property
+    def rows(self) -> dict[str, list[str]]:
+        """Keys of the rows in their order: "training", "held_out"."""
+        held_out = self.validation.keys if self.validation is not None else []
+        return {"training": self.training.keys, "held_out": held_out}
 
     @property
     def teachers(self) -> dict[str, int]:
@@ -64,16 +73,11 @@ class TrainingData:
         """One pass over the training rows after the other without end, from batch `position` of pass `epoch` on.
 
         Raises:
-            UserError: more rows than `max_unreadable` allows cannot be read.
+            UnreadableRowError: more rows than `max_unreadable` allows cannot be read.
+            CacheGoneError: none can any more.
         """
-        passes = _Passes(self.sampler, epoch, position)
-        loader = DataLoader(
-            _EpochRows(self.training, self.shapes),
-            batch_sampler=passes,  # type: ignore[arg-type]  # any iterable of lists
-            num_workers=self.workers,
-            collate_fn=_collate_rows,
-        )
-        for batch in loader:
+        rows = _EpochRows(self.training, self.shapes, self.max_unreadable)
+        for batch in loaded(rows, _Passes(self.sampler, epoch, position), self.workers):
             self._note(batch.unreadable)
             yield batch
 
@@ -82,16 +86,33 @@ class TrainingData:
             if place not in self.unreadable:
                 self.unreadable[place] = reason
                 tell(f"skipped, another row is taken: {reason}")
-        if len(self.unreadable) > self.max_unreadable * len(self.training):
-            raise UserError(
-                f"data.max_unreadable: {len(self.unreadable)} of {len(self.training)} rows cannot be read, more than "
-                f"the share {self.max_unreadable:g}; the first: {next(iter(self.unreadable.values()))}"
-            )
+        _require_few(self.unreadable, len(self.training), self.max_unreadable)
 
-    def validation_batch(self, index: int) -> Batch:
-        """One validation batch, with the first variant of every reference."""
+    def validation_batch(self, index: int) -> Batch | None:
+        """One validation batch, with the first variant of every reference; None when none of its rows can be read.
+
+        Those that cannot are in `left_out` then.
+
+        Raises:
+            CacheGoneError: no row can be read any more.
+        """
         assert self.validation is not None
-        return collate([self.validation[row] for row in self.groups[index]])
+        samples = []
+        for row in self.groups[index]:
+            try:
+                samples.append(self.validation[row])
+                self.left_out.pop(row, None)
+            except UnreadableRowError as error:
+                self.left_out[row] = str(error)
+        return collate(samples) if samples else None
+
+
+def _require_few(unreadable: dict[str, str], rows: int, share: float) -> None:
+    if len(unreadable) > share * rows:
+        raise UnreadableRowError(
+            f"data.max_unreadable: {len(unreadable)} of {rows} rows cannot be read, more than the share {share:g}; "
+            f"the first: {next(iter(unreadable.values()))}"
+        )
 
 
 @dataclass
@@ -127,14 +148,16 @@ class _EpochRow:
     unreadable: dict[str, str]
 
 
-class _EpochRows(Dataset[_EpochRow]):
-    """(epoch, row) to a sample; the next row of the same shape stands in for one that cannot be read."""
+class _EpochRows(Dataset[Batch]):
+    """(epoch, row) pairs to a batch; the next row of the same shape stands in for one that cannot be read."""
 
-    def __init__(self, dataset: CachedDataset, shapes: Sequence[Hashable]):
-        self.dataset, self.shapes = dataset, shapes
+    def __init__(self, dataset: CachedDataset, shapes: Sequence[Hashable], max_unreadable: float):
+        self.dataset, self.shapes, self.max_unreadable = dataset, shapes, max_unreadable
 
-    def __getitem__(self, index: tuple[int, int]) -> _EpochRow:
-        epoch, row = index
+    def __getitem__(self, index: Sequence[tuple[int, int]]) -> Batch:
+        return _collate_rows([self._sample(epoch, row) for epoch, row in index])
+
+    def _sample(self, epoch: int, row: int) -> _EpochRow:
         unreadable: dict[str, str] = {}
         for other in self._alike(row):
             place = self.dataset.entries[other].place(self.dataset.split)
@@ -142,7 +165,8 @@ class _EpochRows(Dataset[_EpochRow]):
                 return _EpochRow(epoch, self.dataset[other], place, unreadable)
             except UnreadableRowError as error:
                 unreadable[place] = str(error)
-        raise UserError(next(iter(unreadable.values())))  # no row of this shape can be read
+                _require_few(unreadable, len(self.dataset), self.max_unreadable)
+        raise UnreadableRowError(next(iter(unreadable.values())))  # no row of this shape can be read
 
     def _alike(self, row: int) -> Iterator[int]:
         """The row, then those after it that have its shape, round to it again."""

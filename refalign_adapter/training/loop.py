@@ -15,11 +15,12 @@ from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 
 from ..batch import Batch
-from ..data.cache.prefetch import read_ahead
-from ..errors import UserError, WriteError
+from ..data.cache.dataset import UnreadableRowError
+from ..data.cache.prefetch import read_ahead, workers_told
+from ..errors import ReadError, UserError, WriteError
 from ..files import atomic_folder, remove_leftovers, require_writable_folder, writing
 from ..recipes.file import flat_values, save_recipe
 from ..recipes.schema import Recipe
@@ -101,7 +102,8 @@ def _train(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> Path:
         log = RunLog(accelerator, output_dir, run.progress.step)
     watchers = _Watchers(log, ProgressBar(accelerator, recipe.max_train_steps, run.progress.step), sampler)
     try:
-        _train_all(run, watchers)
+        with _kept_told(run, (ReadError, UnreadableRowError)), workers_told("dataloader_num_workers"):
+            _train_all(run, watchers)
         _tell_unreadable(run)
         folder = finish(run)
     finally:
@@ -122,19 +124,23 @@ def _let_go(accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def _kept_told(run: Run) -> Iterator[None]:
-    """A line about what cannot be written goes on with what is kept and how to go on.
+def _kept_told(run: Run, kinds: tuple[type[UserError], ...] = (WriteError,)) -> Iterator[None]:
+    """A line about what cannot be written or read goes on with what is kept and how to go on.
+
+    Args:
+        run: whose checkpoints.
+        kinds: of errors.
 
     Raises:
-        WriteError: the one that was raised, with that at its end.
+        UserError: the one that was raised, with that at its end.
     """
     try:
         yield
-    except WriteError as error:
+    except kinds as error:
         newest = _newest(run.output_dir)
         kept = f"{newest} is whole: then run the same command with resume_from_checkpoint=latest"
         step = run.progress.step
-        raise WriteError(
+        raise type(error)(
             f"{error}; stopped at step {step}, {kept if newest else 'no checkpoint was written yet'}"
         ) from error
 
@@ -285,12 +291,42 @@ def _look(run: Run, watchers: _Watchers, first: bool = False) -> None:
                 run.data.empty_text,
                 run.accelerator,
                 alignment_weight=recipe.alignment.weight,
+                left_out=run.data.left_out,
             )
+        without = _tell_left_out(run)
         watchers.log.write(step, {f"validation/{name}": value for name, value in values.items()})
-        say(run.accelerator, f"step {step}: validation flow loss {values['flow']:.5f}{_why_not(run, values['flow'])}")
+        loss = values["flow"]
+        say(run.accelerator, f"step {step}: validation flow loss {loss:.5f}{without}{_why_not(run, loss)}")
     if watchers.sampler is not None and not first and _is_due(run, recipe.sample_steps):
         with averaged_weights(run.trained):
             watchers.sampler.write(run.output_dir / SAMPLES / f"step-{step}")
+
+
+def _tell_left_out(run: Run) -> str:
+    """Tell which held-out rows could not be read, when they are others than before; returns a note on their number.
+
+    Raises:
+        UnreadableRowError: none could.
+    """
+    dataset, accelerator = run.data.validation, run.accelerator
+    if dataset is None:
+        return ""
+    mine = [run.data.left_out]
+    gathered: list[dict[int, str]] = gather_object(mine) if accelerator.num_processes > 1 else mine
+    left_out = {row: reason for each in gathered for row, reason in sorted(each.items())}
+    count = sum(len(group) for group in run.data.groups)
+    if not left_out:
+        run.left_out_told = ()
+        return ""
+    named = listed(dataset.entries[row].place(dataset.split) for row in left_out)
+    first = next(iter(left_out.values()))
+    line = f"{len(left_out)} of {count} held-out rows cannot be read ({named}); the first: {first}"
+    if len(left_out) == count:
+        raise UnreadableRowError(f"validation: {line}")
+    if run.left_out_told != tuple(left_out):
+        run.left_out_told = tuple(left_out)
+        say(accelerator, f"validation: {line}; the held-out loss is that of the others")
+    return f", of {count - len(left_out)} of {count} rows"
 
 
 def _why_not(run: Run, loss: float) -> str:
@@ -298,7 +334,7 @@ def _why_not(run: Run, loss: float) -> str:
     dataset = run.data.validation
     if math.isfinite(loss) or dataset is None:
         return ""
-    keys = [dataset.keys[row] for group in run.data.groups for row in group]
+    keys = [dataset.keys[row] for group in run.data.groups for row in group if row not in run.data.left_out]
     if found := not_finite(dataset, keys):
         return f", from row {listed(names_of(dataset, found))}, none in the cache itself: run refalign cache --verify"
     return f", on rows that are fine in the cache ({listed(names_of(dataset, keys))}): lower learning_rate"
@@ -313,7 +349,7 @@ def _save(run: Run) -> None:
     with together(run.accelerator), _kept_told(run):
         if run.accelerator.is_main_process:
             limit = run.recipe.checkpoints_total_limit
-            save_checkpoint(run.output_dir, run.trained, run.progress, run.facts(), limit)
+            save_checkpoint(run.output_dir, run.trained, run.progress, run.facts(), limit, run.data.rows)
             run.saved = run.progress.step
 
 

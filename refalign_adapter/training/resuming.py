@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..recipes.file import changes
 from ..recipes.optimizers import build_scheduler
 from ..recipes.schema import Recipe
-from .checkpoint_files import check_whole, find_checkpoint, list_checkpoints, read_state, step_of
+from .checkpoint_files import check_whole, find_checkpoint, list_checkpoints, read_rows, read_state, step_of
 from .restore import load_checkpoint
 from .setup import Run
 from .tracking import say
@@ -71,11 +71,50 @@ def resume(run: Run, folder: Path) -> None:
     before.setdefault("rows", run.data.digest)  # older checkpoints do not say
     run.scheduler = build_scheduler(run.recipe, run.trained.optimizer, run.progress.step)
     say(run.accelerator, f"resumed from {folder} at step {run.progress.step}")
-    if changed := changes(before, run.facts()):
-        listed = ", ".join(f"{name} {old!r} → {new!r}" for name, old, new in changed)
+    changed = changes(before, run.facts())
+    if line := _rows_changed(read_rows(folder), run, known=all(name != "rows" for name, _, _ in changed)):
+        say(run.accelerator, f"resume_from_checkpoint: {line}")
+    if others := [change for change in changed if change[0] != "rows"]:
+        listed = ", ".join(f"{name} {old!r} → {new!r}" for name, old, new in others)
         say(run.accelerator, f"changed since then: {listed}")
     if any(name.startswith("alignment.") for name, _, _ in changed):
         run.trained.schedule = run.recipe.alignment_schedule()
-    if any(name in ORDER_FIELDS for name, _, _ in changed):
+    if order := ORDER_FIELDS.intersection(name for name, _, _ in changed):
         run.progress.position = 0
-        say(run.accelerator, "so the order of the samples is another one: the pass over the data starts again")
+        if "rows" not in order:  # else it has been told
+            say(run.accelerator, "so the order of the samples is another one: the pass over the data starts again")
+
+
+def _rows_changed(before: dict[str, list[str]] | None, run: Run, *, known: bool) -> str | None:
+    """What has happened to a run's rows since a checkpoint, and what that means; None when nothing has.
+
+    It is no mistake to go on with more data; but what a resumed run promises does not hold then.
+
+    Args:
+        before: see `read_rows`.
+        run: with its rows of now.
+        known: whether the training rows are known to be the same.
+    """
+    meaning = "their order is another one, the pass over the data starts again, and the run is no longer bit for bit "
+    meaning += "what it would have been"
+    if before is None:
+        return None if known else f"training rows are others than then, or in another order: {meaning}"
+    now, parts = run.data.rows, []
+    if before["training"] != now["training"]:
+        parts.append(f"training rows: {_difference(before['training'], now['training'])}: {meaning}")
+    if before["held_out"] != now["held_out"]:
+        line = f"held-out rows: {_difference(before['held_out'], now['held_out'])}: their losses do not compare with "
+        line += "earlier ones"
+        if seen := set(now["held_out"]) & set(before["training"]):
+            line += f", and {len(seen)} of these rows have been trained on"
+        parts.append(line)
+    return "the rows have changed since; " + "; ".join(parts) if parts else None
+
+
+def _difference(before: list[str], now: list[str]) -> str:
+    removed, added = len(set(before) - set(now)), len(set(now) - set(before))
+    if not removed and not added:
+        return f"the same {len(now)} in another order"
+    kept = [[key for key in keys if key in other] for keys, other in ((before, set(now)), (now, set(before)))]
+    reordered = "" if kept[0] == kept[1] else ", the others in another order"
+    return f"{removed} removed, {added} added, {len(now)} now{reordered}"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import writing
+from ..files import lock_file
 
 try:
     import fcntl
@@ -24,12 +24,9 @@ def only_run(output_dir: Path) -> Iterator[None]:
     The lock is the process's own and not inherited: a data worker that outlives it for a moment does not hold it.
 
     Raises:
-        UserError: another run is at work there.
+        UserError: another run is at work there, or what stands in the lock's place is no file.
     """
-    path = output_dir / LOCK_NAME
-    with writing(path):
-        file = path.open("ab")
-    with file:
+    with lock_file(output_dir / LOCK_NAME, "output_dir") as file:
         if fcntl is not None:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,7 +14,7 @@ from ..families.base import Family
 from ..media.images import read_image
 from ..media.sizes import Size
 from ..media.video_file import write_video
-from ..pipelines.base import build_pipeline
+from ..pipelines.reference_class import build_pipeline
 from ..recipes.cache_options import options_of
 from ..recipes.schema import Recipe, SamplePrompt
 from ..signals import tell
@@ -52,7 +52,7 @@ class Sampler:
         samples = [sample for _, sample in self.mine]
         self.texts = _encode_prompts(pipe, branch.family, recipe, samples, accelerator.device)
         replaced = {"transformer": branch.transformer, "text_encoder": None, "tokenizer": None}
-        self.pipe = build_pipeline(pipe, branch.family, **replaced)
+        self.pipe = build_pipeline(pipe, **replaced)
         self.pipe.set_progress_bar_config(disable=True)
 
     @torch.no_grad()

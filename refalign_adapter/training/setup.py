@@ -56,6 +56,7 @@ class Run:
         progress: how far it is.
         saved: step of the newest whole checkpoint of its folder, where it knows of one.
         bad_steps: those in a row whose loss or gradient was no number.
+        left_out_told: the held-out rows of which it was told that they cannot be read.
     """
 
     recipe: Recipe
@@ -70,6 +71,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     saved: int | None = None
     bad_steps: BadSteps = field(init=False)
+    left_out_told: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.bad_steps = BadSteps(self.recipe.max_bad_steps)

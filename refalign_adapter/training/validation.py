@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from accelerate import Accelerator
 
 from ..batch import Batch
 from ..flow import shift_sigmas
+from .interrupt import together
 from .step import TrainingStep
 from .tracking import LossMeter
 
@@ -39,43 +40,52 @@ def fixed_noise(key: str, shape: Sequence[int]) -> torch.Tensor:
 @torch.no_grad()
 def validate(
     module: TrainingStep,
-    load: Callable[[int], Batch],
+    load: Callable[[int], Batch | None],
     groups: Sequence[Sequence[int]],
     empty_text: torch.Tensor,
     accelerator: Accelerator,
     *,
     alignment_weight: float,
+    left_out: Container[int] = (),
 ) -> dict[str, float]:
     """Mean losses over all batches, shared out among the processes.
 
     Args:
         module: the training step, not wrapped for several processes.
-        load: gives the batch of an index.
+        load: gives the batch of an index; None where none of its rows can be read.
         groups: numbers of the held-out rows in each batch, the same on every process.
         empty_text: (S, D) embedding of the empty prompt.
         accelerator: its device; sums over its processes.
         alignment_weight: η in the loss that is told; 0 leaves the alignment out.
+        left_out: numbers of the rows that are not in their batch, once `load` has given it.
 
     Returns:
-        Means by name, see `LossMeter`. Samples weigh alike.
+        Means by name, see `LossMeter`. Samples weigh alike. Nothing when no row could be read.
+
+    Raises:
+        UserError: what `load` raises, on any process.
     """
     meter = LossMeter(module.branch.align_blocks)
     training = module.training
     module.eval()
     try:
-        for index, rows in enumerate(groups):
-            if index % accelerator.num_processes == accelerator.process_index:
-                batch = load(index)
-                output = module(
-                    batch.to(accelerator.device),
-                    empty_text,
-                    generator=torch.Generator(),  # nothing is drawn from it
-                    alignment_weight=alignment_weight,
-                    drop_conditions=False,
-                    sigmas=fixed_sigmas(rows, module.options.shift),
-                    noise=torch.stack([fixed_noise(key, batch.latents.shape[1:]) for key in batch.keys]),
-                )
-                meter.add(output, len(rows), alignment_weight > 0)
+        with together(accelerator):  # all of them reach the sums below, or none
+            for index, rows in enumerate(groups):
+                if index % accelerator.num_processes == accelerator.process_index:
+                    batch = load(index)
+                    if batch is None:
+                        continue
+                    shown = [row for row in rows if row not in left_out]
+                    output = module(
+                        batch.to(accelerator.device),
+                        empty_text,
+                        generator=torch.Generator(),  # nothing is drawn from it
+                        alignment_weight=alignment_weight,
+                        drop_conditions=False,
+                        sigmas=fixed_sigmas(shown, module.options.shift),
+                        noise=torch.stack([fixed_noise(key, batch.latents.shape[1:]) for key in batch.keys]),
+                    )
+                    meter.add(output, len(shown), alignment_weight > 0)
     finally:
         module.train(training)
     return meter.reduce(accelerator)

@@ -12,7 +12,8 @@ import tiny_data
 from PIL import Image
 
 from refalign_adapter.data.cache.options import CacheOptions
-from refalign_adapter.data.check.check import DataCheck, check_data, contact_sheet, thumbnails
+from refalign_adapter.data.check import contact_sheet, thumbnails
+from refalign_adapter.data.check.check import DataCheck, check_data
 from refalign_adapter.data.check.contact_sheet import require_own_folder, shown_rows, write_contact_sheets
 from refalign_adapter.errors import UserError
 from refalign_adapter.media.video_file import write_video

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from listening import wait_until_it_listens
 from tiny_data import write_data
 from tiny_models import save_tiny_pipeline, tiny_dinov2
 
@@ -67,6 +68,11 @@ def content(cache):
     return {str(path.relative_to(cache)): path.read_bytes() for path in files}
 
 
+def count_parts(cache):
+    """Safe while the cache is written: unlike glob, walk passes over folders that have just gone."""
+    return sum(name.endswith(".safetensors") for _, _, names in os.walk(cache) for name in names)
+
+
 def disturb(world, cache, seed, turns):
     """Stop runs at random moments, then let one finish; returns how they ended."""
     generator = random.Random(seed)
@@ -77,10 +83,12 @@ def disturb(world, cache, seed, turns):
         parts = generator.randrange(0, ROWS * 3)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
-            if len(list(Path(cache).rglob("*.safetensors"))) >= parts:
+            if count_parts(cache) >= parts:
                 time.sleep(generator.random() * 0.05)
                 break
             time.sleep(0.002)
+        if number != signal.SIGKILL:
+            wait_until_it_listens(process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         endings.append((number, process.returncode, errors))

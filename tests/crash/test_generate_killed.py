@@ -11,6 +11,7 @@ from pathlib import Path
 
 import av
 import pytest
+from listening import wait_until_it_listens
 from tiny_adapter import SIZE, picture, save_tiny_adapter
 from tiny_models import save_tiny_pipeline
 
@@ -43,6 +44,8 @@ def run(command, output, number=None, after=0.0):
     process = subprocess.Popen([*command, f"--output={output}"], env=environment, **streams)
     if number is not None:
         time.sleep(after)
+        if number != signal.SIGKILL:
+            wait_until_it_listens(process)
         process.send_signal(number)
     _, told = process.communicate(timeout=120)
     return process.returncode, told.splitlines()

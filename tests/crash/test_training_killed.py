@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from listening import wait_until_it_listens
 from safetensors.torch import load_file
 
 STEPS = 8
@@ -72,6 +73,8 @@ def disturb(world, output, seed, turns):
                 break
             time.sleep(0.005)
         time.sleep(generator.random() * 0.4)
+        if number != signal.SIGKILL:
+            wait_until_it_listens(process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=100)
         assert "Traceback" not in errors, errors

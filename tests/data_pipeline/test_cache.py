@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from refalign_adapter.data.cache.build import build_cache, cache_dataset
 from refalign_adapter.data.cache.digests import DIGESTS_NAME
 from refalign_adapter.data.cache.encoders import Encoders, load_encoders
-from refalign_adapter.data.cache.index import read_index
+from refalign_adapter.data.cache.index import CHECKSUM, SUMS, read_index
 from refalign_adapter.data.cache.lock import LOCK_NAME
 from refalign_adapter.data.cache.parts import PartStore
 from refalign_adapter.data.sources.manifest import load_manifest
@@ -42,10 +42,14 @@ def copy_of(options, folder):
 
 
 def contents(cache_dir):
-    """All files of a cache but its lock and its notes on where the data set's files are: path -> bytes."""
+    """All files of a cache but its lock and its notes on where the data set's files are: path -> bytes, or JSON."""
     files = [path for path in Path(cache_dir).rglob("*.*") if path.is_file() and path.name != DIGESTS_NAME]
     files = [path for path in files if path.name != LOCK_NAME and not path.name.startswith("files-")]
-    return {str(path.relative_to(cache_dir)): path.read_bytes() for path in files}
+    found = {str(path.relative_to(cache_dir)): path.read_bytes() for path in files}
+    if "meta.json" in found:
+        meta = json.loads(found["meta.json"])
+        found["meta.json"] = {name: value for name, value in meta.items() if name not in (SUMS, CHECKSUM)}
+    return found
 
 
 def test_parts_are_what_the_encoders_give(cached, encoders):
@@ -294,9 +298,9 @@ def test_options_tell_every_mistake_at_once(options):
 
 SLOW_RUN = """
 import sys
-from refalign_adapter.data import encode
-from refalign_adapter.data.cache import build_cache, cache_dataset
-from refalign_adapter.data.options import CacheOptions
+from refalign_adapter.data.cache import encode
+from refalign_adapter.data.cache.build import build_cache, cache_dataset
+from refalign_adapter.data.cache.options import CacheOptions
 import json, time
 
 prepare = encode.RowPreparer.__getitem__

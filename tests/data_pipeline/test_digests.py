@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_data
 
-from refalign_adapter.data.cache.build import digests as module
+from refalign_adapter.data.cache import digests as module
 from refalign_adapter.data.cache.digests import DIGESTS_NAME, FileDigests
 from refalign_adapter.errors import UserError
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from seals import unseal
 
 from refalign_adapter.data.cache.dataset import open_cache
 from refalign_adapter.data.cache.index import read_index
@@ -124,6 +125,7 @@ def test_a_cache_from_before_these_options_is_one_of_whole_references(cached, tm
     for name in ("reference_scale", "drop_background", "reference_size"):
         del meta["options"][name]
     (copy / "meta.json").write_text(json.dumps(meta))
+    unseal(copy)
     dataset = open_cache(replace(options, cache_dir=str(copy)))
     assert dataset[0].tokens is None
     assert (dataset.meta.options["reference_scale"], dataset.meta.options["drop_background"]) == (1.0, False)

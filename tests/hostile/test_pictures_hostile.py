@@ -193,8 +193,8 @@ def test_run_lengths_take_no_memory_for_what_they_say(size):
 # ru_maxrss would count what the process that started this one had in memory.
 PEAK = """
 import re, sys
-from refalign_adapter.data.pictures import open_picture, draw_reference
-from refalign_adapter.data.rows import Reference
+from refalign_adapter.data.sources.pictures import open_picture, draw_reference
+from refalign_adapter.data.sources.rows import Reference
 from pathlib import Path
 reference = Reference(Path(sys.argv[1]))
 try:

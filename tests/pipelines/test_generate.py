@@ -194,7 +194,7 @@ SHARED = """\
 import json, sys
 import numpy as np
 from accelerate import PartialState
-from refalign_adapter.pipelines import generate
+from refalign_adapter.generation import generate
 generate.write_video = lambda path, frames, fps: np.save(path.open("wb"), frames)
 written = generate.generate_many(generate.GenerateOptions(**json.loads(sys.argv[1])), sys.argv[2], sys.argv[3])
 print(PartialState().process_index, sorted(path.name for path in written), flush=True)

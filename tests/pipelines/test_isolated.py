@@ -118,11 +118,11 @@ def test_passes_without_references_are_the_bases_in_a_reference_scoped_adapter(f
     generate(pipe, "a cat", IMAGES, guidance_scale=1.0, image_guidance_scale=3.0)
     handle.remove()
     assert len(seen) == 5
-    for index in (1, 3):  # after the references' own pass: text alone, then with references
+    for index in (2, 4):  # after the references' own pass: text with references, then alone
         args, kwargs, alone = seen[index]
         with torch.no_grad():
             assert torch.equal(alone, base.transformer(*args, **kwargs)[0])
-        assert not torch.equal(seen[index + 1][2], alone)
+        assert not torch.equal(seen[index - 1][2], alone)
 
 
 def canvas_latents(pipe, images, **changes):

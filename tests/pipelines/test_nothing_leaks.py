@@ -10,7 +10,7 @@ from tiny_generation import IMAGES, generate
 from tiny_models import tiny_pipeline
 
 import refalign_adapter as ra
-from refalign_adapter.pipelines.base import build_pipeline
+from refalign_adapter.pipelines.reference_class import build_pipeline
 
 OTHERS = [picture(5)]
 
@@ -59,7 +59,7 @@ def test_an_exception_in_the_middle_leaves_no_state(fresh_isolated, base_video, 
 
 def beside(pipe):
     """Another reference pipeline around the same components."""
-    other = build_pipeline(pipe, pipe.branch.family)
+    other = build_pipeline(pipe)
     other.set_progress_bar_config(disable=True)
     return other
 

@@ -87,7 +87,7 @@ def test_merging_has_nothing_to_add_and_references_go_on(folder):
     pipe.unload()
 
 
-def test_other_loras_stay_off_isolated_references_and_can_be_switched_and_merged(tmp_path):
+def test_other_loras_stay_off_isolated_references_and_can_be_switched(tmp_path):
     folder = save_tiny_adapter(tmp_path / "a", **KINDS["isolated"] | BARE)
     plain, base = load(tiny_pipeline(), folder), tiny_pipeline()
     style(base)
@@ -102,8 +102,21 @@ def test_other_loras_stay_off_isolated_references_and_can_be_switched_and_merged
     pipe.set_adapters("style", 1.0)
     with pytest.raises(ra.UserError, match=r"^set_adapters: 'refalign' holds no LoRA \(r 0\)"):
         pipe.set_adapters(["style", "refalign"])
+    for merge in (pipe.fuse_lora, lambda: ra.merge_and_unload(pipe)):
+        with pytest.raises(ra.UserError, match=r"^fuse_lora: \['style'\] fused beside .* would act on references too"):
+            merge()
+
+
+def test_another_lora_is_merged_into_a_joint_ones_base(tmp_path):
+    base = tiny_pipeline()
+    style(base)
+    pipe = load(base, save_tiny_adapter(tmp_path / "a", **BARE))
+    expected = generate(pipe, "a cat", IMAGES)
     ra.merge_and_unload(pipe)
-    assert generate(pipe, "a cat", IMAGES).isfinite().all()
+    assert not getattr(pipe.transformer, "peft_config", None)
+    torch.testing.assert_close(generate(pipe, "a cat", IMAGES), expected, atol=1e-4, rtol=1e-4)
+    pipe.save_pretrained(tmp_path / "whole")
+    assert open_adapter(tmp_path / "whole/reference_adapters/refalign").config == pipe.branch.config
     pipe.unload()
     assert not pipe.transformer._forward_hooks
 

@@ -39,7 +39,7 @@ def test_damage_in_any_file_of_a_checkpoint_is_found_and_passed_over(make_recipe
     out = tmp_path / "out"
     (out / "checkpoint-99").write_text("stray")
     files = [path for path in sorted((out / "checkpoint-2").rglob("*")) if path.is_file()]
-    assert len(files) == 9
+    assert len(files) == 10
     for path in files:
         whole = path.read_bytes()
         middle = len(whole) // 2
@@ -145,3 +145,10 @@ def test_resuming_another_run_is_one_line(make_recipe, tmp_path, change):
 def test_patterns_that_match_nothing_are_refused(make_recipe):
     with pytest.raises(UserError, match="rank_pattern: 'nosuch' matches no layer"):
         train(make_recipe(*FAST, "adapter.rank_pattern={nosuch: 2}"))
+
+
+def test_a_pipe_in_the_locks_place_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / ".run.lock")
+    with pytest.raises(UserError, match=r"^output_dir: '.*\.run\.lock' is a named pipe, not a file; delete it$"):
+        with only_run(tmp_path):
+            pass

@@ -7,14 +7,15 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from seals import seal
 
 from refalign_adapter.data.cache.build import cache_dataset
 from refalign_adapter.data.cache.index import read_index
-from refalign_adapter.data.cache.parts import CHECKSUM, DAMAGED, TENSOR, PartStore, _checksum
+from refalign_adapter.data.cache.part_file import write_tensor
+from refalign_adapter.data.cache.parts import DAMAGED, PartStore
 from refalign_adapter.data.cache.verify import verify_cache
 from refalign_adapter.errors import UserError
 from refalign_adapter.recipes.cache_options import options_of
-from refalign_adapter.tensor_files import save_tensors
 from refalign_adapter.training.datasource import open_data
 from refalign_adapter.training.loop import train
 from refalign_adapter.training.setup import build_accelerator
@@ -59,8 +60,7 @@ DAMAGES = {
 
 
 def rewrite(path, change):
-    tensor = change(load_file(path)[TENSOR]).contiguous()
-    save_tensors(path, {TENSOR: tensor}, {CHECKSUM: _checksum(tensor)})
+    write_tensor(path, change(load_file(path)["data"]).contiguous())
 
 
 @pytest.mark.parametrize("part", ["video", "references", "text", "teacher"])
@@ -230,6 +230,7 @@ def test_a_parts_key_is_never_a_path(copied, tmp_path, case):
     name, value = CHANGED[case]
     values["parts"][name] = value
     path.write_text("\n".join([json.dumps(values), *rest]))
+    seal(tmp_path / "cache")
     with pytest.raises(UserError, match=r"is damaged \(a row's"):
         open_data(recipe, build_accelerator(recipe, tmp_path))
     for field, wrong in (
@@ -241,5 +242,6 @@ def test_a_parts_key_is_never_a_path(copied, tmp_path, case):
     ):
         values = json.loads(first) | {field: wrong}
         path.write_text("\n".join([json.dumps(values), *rest]))
+        seal(tmp_path / "cache")
         with pytest.raises(UserError, match=r"is damaged \(a row's"):
             open_data(recipe, build_accelerator(recipe, tmp_path))

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -19,17 +18,17 @@ from accelerate.utils import gather_object, parse_flag_from_env
 
 from ...errors import ConfigError, UserError
 from ...files import require_writable_folder
-from ...json_files import write_json
-from ..sources.manifest import Row, load_manifest, manifest_path, sources_digest
+from ..sources.manifest import load_manifest, manifest_path, sources_digest
+from ..sources.rows import Row
 from .digests import FileDigests
 from .encode import RowEncoder, RowPreparer, plans_of
 from .encoders import Encoders, load_encoders
 from .freshness import RowFiles, write_files
-from .index import FORMAT, META_NAME, IndexEntry, write_index
+from .index import FORMAT, IndexEntry, write_index, write_meta
 from .lock import filling
 from .options import CacheOptions
 from .parts import PARTS, PartStore
-from .prefetch import in_workers
+from .prefetch import in_workers, workers_told
 
 Progress = Callable[[int, int, str], None]
 
@@ -161,7 +160,8 @@ def _build(
     work = [(split, row) for split, split_rows in rows.items() for row in split_rows]
     mine = work[state.process_index :: state.num_processes]
     empty_text = _encode_texts([row.caption for _, row in mine], encoder, progress)
-    entries, files, problems = _encode_all(mine, encoder, digests, progress)
+    with workers_told("data.num_workers"):
+        entries, files, problems = _encode_all(mine, encoder, digests, progress)
     every = gather_object(
         [(entries, problems, encoder.made, encoder.reused, Counter(encoder.seconds), files, encoder.cut)]
     )
@@ -262,4 +262,4 @@ def _write(
         "empty_text": empty_text,
         "provenance": asdict(encoder.facts),
     }
-    write_json(Path(options.cache_dir) / META_NAME, meta)
+    write_meta(options.cache_dir, meta)

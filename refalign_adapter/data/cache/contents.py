@@ -33,8 +33,10 @@ def row_contents(entry: IndexEntry, meta: dict[str, Any], text: Expected) -> Ite
         text: see `text_contents`.
     """
     parts, shown, dtype = entry.parts, (entry.variants, len(entry.subjects)), text.dtype
+    whole = meta["options"].get("reference_scale") == 1.0  # then a reference's canvas is as large as the video
+    canvas = entry.shape[2:] if whole else (None, None)
     yield ("video", parts.video), Expected(entry.shape, dtype)
-    yield ("references", parts.references), Expected((*shown, entry.shape[0], None, None), dtype)
+    yield ("references", parts.references), Expected((*shown, entry.shape[0], *canvas), dtype)
     yield ("text", parts.text), text
     for name, key in parts.teachers.items():
         yield ("teacher", key), Expected((*shown, None, None, meta["teachers"].get(name)), dtype)

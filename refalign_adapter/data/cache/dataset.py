@@ -1,4 +1,4 @@
-"""Reading a cache: rows as samples mapped from their files, and samples stacked into a batch.
+"""Reading a cache: rows as samples read from their files, and samples stacked into a batch.
 
 Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, M references, S text
 tokens, D text width, V augmented variants, h and w a teacher's grid, T a teacher's width.
@@ -17,13 +17,13 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from ...batch import Batch, CachedSample
-from ...errors import UserError
+from ...errors import ReadError, UserError
 from ..sources.manifest import missing_paths, sources_digest
 from .contents import row_contents, text_contents
 from .digests import FileDigests
 from .index import REMEDY, read_index, read_meta
 from .options import CacheOptions
-from .parts import DamagedPartError, PartStore
+from .parts import CacheGoneError, DamagedPartError, PartStore
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class CacheMeta:
 
 
 class UnreadableRowError(UserError):
-    """A row one of whose files is missing or damaged."""
+    """A row one of whose files is missing, damaged or not given by the system; the others may be fine."""
 
 
 class CachedDataset(Dataset[CachedSample]):
@@ -72,7 +72,7 @@ class CachedDataset(Dataset[CachedSample]):
     ):
         meta = read_meta(cache_dir)
         self.store = PartStore(cache_dir)
-        self.entries = read_index(cache_dir, split)
+        self.entries = read_index(cache_dir, split, meta)
         if rows is not None:
             known = {entry.key: entry for entry in self.entries}
             if missing := [key for key in rows if key not in known]:
@@ -118,11 +118,12 @@ class CachedDataset(Dataset[CachedSample]):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> CachedSample:
-        """The row as tensors mapped from its files, checked when each is read for the first time; text is padded with
+        """The row as tensors read from its files, checked when each is read for the first time; text is padded with
         zeros to S.
 
         Raises:
-            UnreadableRowError: one of its files is missing or damaged.
+            UnreadableRowError: one of its files is missing, damaged or not given by the system.
+            CacheGoneError: the system gives nothing of the cache any more.
         """
         entry = self.entries[index]
         parts, expected = entry.parts, dict(row_contents(entry, self._meta, self._text))
@@ -140,6 +141,10 @@ class CachedDataset(Dataset[CachedSample]):
                 subjects=torch.tensor(entry.subjects, dtype=torch.int64),
                 tokens=read("tokens", parts.tokens) if parts.tokens else None,
             )
+        except CacheGoneError:
+            raise
+        except ReadError as error:
+            raise UnreadableRowError(f"cache: {entry.place(self.split)}: {error}") from None
         except (DamagedPartError, KeyError) as error:
             reason = error if isinstance(error, DamagedPartError) else f"no features of teacher {error}"
             raise UnreadableRowError(f"cache: {entry.place(self.split)}: {reason}; {REMEDY} to make it anew") from None
@@ -149,6 +154,8 @@ class CachedDataset(Dataset[CachedSample]):
             return self.store.read("text", key, self._text)
         except DamagedPartError as error:
             raise UserError(f"cache: the empty text: {error}; {REMEDY} to make it anew") from None
+        except ReadError as error:
+            raise UserError(f"cache: the empty text: {error}") from None
 
 
 def open_cache(options: CacheOptions, rows: Sequence[str] | None = None, *, split: str = "train") -> CachedDataset:
@@ -186,7 +193,11 @@ def collate(samples: Sequence[CachedSample], *, variants: Sequence[int] | None =
     Args:
         samples: at least one.
         variants: a number per sample that chooses among its V augmented variants (taken modulo V); None: the first.
+
+    Raises:
+        UserError: tensors of the samples do not go together, which no cache run makes.
     """
+    _require_alike(samples)
     choices = [0] * len(samples) if variants is None else list(variants)
     most = max(len(sample.subjects) for sample in samples)
 
@@ -206,6 +217,25 @@ def collate(samples: Sequence[CachedSample], *, variants: Sequence[int] | None =
         teacher={name: stack([sample.teacher[name] for sample in samples]) for name in samples[0].teacher},
         tokens=stack(tokens) if tokens else None,
     )
+
+
+def _require_alike(samples: Sequence[CachedSample]) -> None:
+    """References' canvases and teachers' grids follow from a row's size, so rows that share a batch have the same."""
+    first = samples[0]
+    for sample in samples[1:]:
+        pairs = [(sample.latents[:, :1], first.latents[:, :1]), (sample.references[0, 0], first.references[0, 0])]
+        pairs += [(sample.teacher[name][0, 0], features[0, 0]) for name, features in first.teacher.items()]
+        if sample.tokens is not None and first.tokens is not None:
+            pairs.append((sample.tokens[0, 0], first.tokens[0, 0]))
+        if any(ours.shape != others.shape for ours, others in pairs) or _kinds(sample) != _kinds(first):
+            raise UserError(
+                f"cache: rows {sample.key[:12]} and {first.key[:12]} have references or features of different sizes; "
+                f"delete the cache and {REMEDY}"
+            )
+
+
+def _kinds(sample: CachedSample) -> tuple[bool, int]:
+    return sample.tokens is None, sample.text.shape[-1]
 
 
 def _padded(tensor: Tensor, length: int, value: int = 0) -> Tensor:

@@ -1,9 +1,11 @@
 """Digests of files, remembered from run to run, so that an unchanged data set is not read again to know it.
 
-cache_dir/digests.jsonl    one line per file: [path, size, modified, status changed, sha256], times in nanoseconds
+cache_dir/digests.jsonl    one line per file: [path, size, modified, status changed, sha256, checksum of the five],
+                           times in nanoseconds
 
 Lines are only ever appended, each in one write, so that several processes may do it at once; of a path's lines the
-last counts. A line that is torn is left out: its file is hashed again, no more.
+last counts. A line that is torn or damaged is left out: its file is hashed again, no more. Lines of before 0.2 have no
+checksum.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ...errors import UserError
-from ...files import atomic_file
+from ...files import atomic_file, require_regular
 from ...hashes import file_digest
 from ...json_files import parse_json
 
@@ -59,8 +63,11 @@ class FileDigests:
 
     def _remember(self, name: str, stamp: Stamp, digest: str) -> None:
         self.known[name] = stamp, digest
-        with suppress(OSError), self.path.open("ab", buffering=0) as file:  # a cache may be read where it is read-only
-            file.write(_line(name, stamp, digest))
+        with suppress(OSError, ValueError):  # a cache may be read where it is read-only
+            if os.path.lexists(self.path):
+                require_regular(self.path)
+            with self.path.open("ab", buffering=0) as file:
+                file.write(_line(name, stamp, digest))
 
     def tidy(self) -> None:
         """Drop lines that later ones replace; for one process, before the others begin to append."""
@@ -79,18 +86,27 @@ def _stamp(path: str | Path) -> Stamp:
 
 
 def _line(name: str, stamp: Stamp, digest: str) -> bytes:
-    return json.dumps([name, *stamp, digest]).encode() + b"\n"
+    values = [name, *stamp, digest]
+    return json.dumps([*values, _checksum(values)]).encode() + b"\n"
+
+
+def _checksum(values: list[Any]) -> int:
+    return zlib.crc32(json.dumps(values).encode())
 
 
 def _read(path: Path) -> tuple[dict[str, tuple[Stamp, str]], int]:
     """Path -> stamp and digest, and how many lines there are."""
     known: dict[str, tuple[Stamp, str]] = {}
-    lines = path.read_bytes().splitlines() if path.is_file() else []
+    lines: list[bytes] = []
+    with suppress(OSError, ValueError):  # what cannot be read is hashed again
+        require_regular(path)
+        lines = path.read_bytes().splitlines()
     for line in lines:
         try:
-            name, size, modified, changed, digest = parse_json(line)
+            name, size, modified, changed, digest, *checksum = parse_json(line)
         except (ValueError, TypeError):
             continue
-        if isinstance(name, str) and isinstance(digest, str) and len(digest) == 64:
+        whole = not checksum or checksum == [_checksum([name, size, modified, changed, digest])]
+        if whole and isinstance(name, str) and isinstance(digest, str) and len(digest) == 64:
             known[name] = (size, modified, changed), digest
     return known, len(lines)

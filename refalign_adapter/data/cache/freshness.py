@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError
+from ...errors import UserError, shorten
 from ...files import atomic_file
 from ...json_files import parse_json
 from .digests import FileDigests
 from .encoders import version_of
-from .index import REMEDY, read_meta
+from .index import NAME_LENGTH, REMEDY, check_list, list_path, read_meta
 from .options import CacheOptions
 
 RowFiles = tuple[str, dict[str, str]]
@@ -29,7 +29,7 @@ RowFiles = tuple[str, dict[str, str]]
 
 def files_path(cache_dir: str | Path, split: str) -> Path:
     """Where a split's list of files is."""
-    return Path(cache_dir) / f"files-{split}.jsonl"
+    return list_path(cache_dir, "files", split)
 
 
 def write_files(cache_dir: str | Path, split: str, rows: Iterable[RowFiles]) -> None:
@@ -45,12 +45,13 @@ def check_fresh(options: CacheOptions) -> None:
         options: whose cache, of all splits.
 
     Raises:
-        UserError: how many have changed, the first of them, and how to make the cache anew.
+        UserError: how many have changed, the first of them, and how to make the cache anew; or the list of files is
+            damaged.
     """
-    digests = FileDigests(options.cache_dir)
-    changed = list(_changed_encoders(options, digests))
+    digests, meta = FileDigests(options.cache_dir), read_meta(options.cache_dir)
+    changed = list(_changed_encoders(options, meta, digests))
     for split in options.manifests:
-        changed += _changed_files(options.cache_dir, split, digests)
+        changed += _changed_files(options.cache_dir, split, meta, digests)
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise UserError(
@@ -58,10 +59,11 @@ def check_fresh(options: CacheOptions) -> None:
         )
 
 
-def _changed_files(cache_dir: str | Path, split: str, digests: FileDigests) -> list[str]:
+def _changed_files(cache_dir: str | Path, split: str, meta: dict[str, Any], digests: FileDigests) -> list[str]:
     seen: set[str] = set()
     changed = []
-    for place, files in _read(files_path(cache_dir, split)):
+    path = check_list(cache_dir, "files", split, meta)
+    for place, files in _read(path) if path is not None else ():
         for path, digest in files.items():
             if path not in seen:
                 seen.add(path)
@@ -78,7 +80,7 @@ def _digest_now(path: str, digests: FileDigests) -> str | None:
 
 
 def _read(path: Path) -> Iterator[RowFiles]:
-    """The lines that are whole; a damaged list only tells less."""
+    """The lines that are whole: of a list without a checksum, a damaged one only tells less."""
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
@@ -87,16 +89,14 @@ def _read(path: Path) -> Iterator[RowFiles]:
                 except (ValueError, TypeError):
                     continue
                 if isinstance(files, dict):
-                    yield str(place), files
-    except FileNotFoundError:
-        return
+                    yield shorten(place) if not isinstance(place, str) else place[:NAME_LENGTH], files
     except OSError as error:
         raise UserError(f"cache_dir: cannot read {str(path)!r} ({error.strerror}); {REMEDY}") from None
 
 
-def _changed_encoders(options: CacheOptions, digests: FileDigests) -> Iterator[str]:
+def _changed_encoders(options: CacheOptions, meta: dict[str, Any], digests: FileDigests) -> Iterator[str]:
     """The encoders whose files are here and are not what the cache was made with."""
-    provenance: dict[str, Any] = read_meta(options.cache_dir)["provenance"]
+    provenance: dict[str, Any] = meta["provenance"]
     for part, fact, components, name in (
         ("video", "vae", ("vae",), "the VAE"),
         ("text", "encoder", ("text_encoder", "tokenizer"), "the text encoder or tokenizer"),

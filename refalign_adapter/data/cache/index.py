@@ -1,9 +1,12 @@
 """What a cache says of itself: `meta.json`, and an index line per row so that training plans without opening files.
 
-cache_dir/meta.json               options, versions of the encoders, the empty text's part
+cache_dir/meta.json               options, versions of the encoders, the empty text's part, checksums of the lists
 cache_dir/index-<split>.jsonl     rows in the manifest's order
 
-Both are data that anyone may have written: they are checked by type and range, and a part's key is never a path.
+`meta.json` is written last. It holds the SHA-256 of the lists beside it (`LISTS`) and a checksum of itself, so that
+what is torn, edited, or of a run that was killed between them is told; caches of before 0.2 have none and are taken as
+they are. All of it is data that anyone may have written: it is checked by type and range, and a part's key is never a
+path.
 """
 
 from __future__ import annotations
@@ -14,13 +17,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserError, shorten
-from ...files import atomic_file
-from ...json_files import parse_json, read_json
+from ...errors import ReadError, UserError, shorten
+from ...files import atomic_file, require_regular
+from ...hashes import file_digest, hash_of
+from ...json_files import parse_json, read_bytes, write_json
 from .options import ADDED, DTYPES
-from .parts import KEY
+from .parts import KEY, META_NAME, MISSING, NO_FILE
 
-META_NAME = "meta.json"
+LISTS = ("index", "files")
+"""`<list>-<split>.jsonl`; the second is `freshness`'s."""
+SUMS, CHECKSUM = "sha256", "checksum"
+OLDEST = {"format", "options", "manifests", "teachers", "empty_text", "provenance"}
+"""What a `meta.json` without checksums holds, and nothing else."""
 FORMAT = 1
 """Raised when what a cache holds changes its meaning: all of it is then made anew."""
 
@@ -68,13 +76,54 @@ class IndexEntry:
     source: int = 0
 
     def place(self, split: str) -> str:
-        """The row in a message."""
-        return f"{split} line {self.line} ({self.file_name})"
+        """The row in a message, in one line of bounded length."""
+        name = self.file_name
+        if not name.isprintable() or len(name) > NAME_LENGTH:
+            name = shorten(name, NAME_LENGTH)
+        return f"{split} line {self.line} ({name})"
+
+
+NAME_LENGTH = 300
 
 
 def index_path(cache_dir: str | Path, split: str) -> Path:
     """Where a split's index is."""
-    return Path(cache_dir) / f"index-{split}.jsonl"
+    return list_path(cache_dir, "index", split)
+
+
+def list_path(cache_dir: str | Path, name: str, split: str) -> Path:
+    """Where one of the `LISTS` of a split is."""
+    return Path(cache_dir) / f"{name}-{split}.jsonl"
+
+
+def check_list(cache_dir: str | Path, name: str, split: str, meta: dict[str, Any]) -> Path | None:
+    """Where a list is that is as it was written; None where there is none and none was written.
+
+    Args:
+        cache_dir: the cache's folder.
+        name: one of `LISTS`.
+        split: whose.
+        meta: see `read_meta`.
+
+    Raises:
+        UserError: it is gone, is no file, cannot be read, or is not what `meta.json` says.
+    """
+    path = list_path(cache_dir, name, split)
+    written = meta.get(SUMS, {}).get(path.name)
+    try:
+        require_regular(path)
+    except FileNotFoundError:
+        if written is None:
+            return None
+        raise UserError(f"cache_dir: {str(path)!r} is gone; {REMEDY}") from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error, "cannot be read") from None
+    if written is not None and file_digest(path) != written:
+        raise UserError(
+            f"cache_dir: {str(path)!r} is damaged (its checksum is not the one in {META_NAME}: torn, edited, or of a "
+            f"run that was stopped); {REMEDY} to make it anew"
+        )
+    return path
 
 
 def write_index(cache_dir: str | Path, split: str, entries: Iterable[IndexEntry]) -> None:
@@ -83,20 +132,25 @@ def write_index(cache_dir: str | Path, split: str, entries: Iterable[IndexEntry]
         file.writelines(json.dumps(_values(entry)) + "\n" for entry in entries)
 
 
-def read_index(cache_dir: str | Path, split: str) -> list[IndexEntry]:
+def read_index(cache_dir: str | Path, split: str, meta: dict[str, Any] | None = None) -> list[IndexEntry]:
     """Read a split's index.
+
+    Args:
+        cache_dir: the cache's folder.
+        split: whose rows.
+        meta: see `read_meta`; None reads it.
 
     Raises:
         UserError: it is missing or damaged.
     """
-    path = index_path(cache_dir, split)
+    path = check_list(cache_dir, "index", split, read_meta(cache_dir) if meta is None else meta)
+    if path is None:
+        raise UserError(f"cache_dir: {str(cache_dir)!r} has no {split} rows; {REMEDY}")
     try:
         with path.open(encoding="utf-8") as file:
             return [_entry(parse_json(line)) for line in file]
-    except FileNotFoundError:
-        raise UserError(f"cache_dir: {str(cache_dir)!r} has no {split} rows; {REMEDY}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cache_dir: {str(path)!r} is damaged ({_reason(error)}); {REMEDY}") from None
+        raise _unreadable(path, error, "is damaged") from None
 
 
 def _values(entry: IndexEntry) -> dict[str, Any]:
@@ -138,8 +192,34 @@ def _is_count(value: Any, least: int) -> bool:
     return type(value) is int and least <= value < 2**31
 
 
+def _unreadable(path: Path, error: Exception, what: str) -> UserError:
+    """The line for a file of the cache that cannot be read: made anew where it is to blame."""
+    if isinstance(error, OSError) and error.errno not in (*MISSING, *NO_FILE):
+        return ReadError(
+            f"cache_dir: {str(path)!r} cannot be read ({_reason(error)}); look after that disk or its rights"
+        )
+    return UserError(f"cache_dir: {str(path)!r} {what} ({_reason(error)}); {REMEDY} to make it anew")
+
+
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split())[:200] or type(error).__name__
+
+
+def write_meta(cache_dir: str | Path, meta: dict[str, Any]) -> None:
+    """Write `meta.json` with the checksums of the lists as they are now, and of itself.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    sums = {
+        path.name: file_digest(path)
+        for split in meta["manifests"]
+        for path in (list_path(cache_dir, name, split) for name in LISTS)
+        if path.is_file()
+    }
+    sealed = {**meta, SUMS: sums}
+    write_json(Path(cache_dir) / META_NAME, {**sealed, CHECKSUM: hash_of(sealed)})
 
 
 def read_meta(cache_dir: str | Path) -> dict[str, Any]:
@@ -149,14 +229,26 @@ def read_meta(cache_dir: str | Path) -> dict[str, Any]:
         UserError: there is no cache, or it is damaged.
     """
     path = Path(cache_dir) / META_NAME
-    if not path.is_file():
-        raise UserError(f"cache_dir: there is no finished cache in {str(cache_dir)!r}; {REMEDY}")
-    meta = read_json(path, "cache_dir")
+    try:
+        meta = parse_json(read_bytes(path))
+    except FileNotFoundError:
+        raise UserError(f"cache_dir: there is no finished cache in {str(cache_dir)!r}; {REMEDY}") from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error, "is not readable JSON") from None
     if isinstance(meta, dict) and meta.get("format") != FORMAT:
         raise UserError(f"cache_dir: {str(cache_dir)!r} was made by another version of this package; {REMEDY}")
-    if not isinstance(meta, dict) or not _is_meta(meta):
-        raise UserError(f"cache_dir: {str(path)!r} is damaged; {REMEDY}")
+    if not isinstance(meta, dict) or not _is_sealed(meta) or not _is_meta(meta):
+        raise UserError(f"cache_dir: {str(path)!r} is damaged or edited; {REMEDY} to make it anew")
     return {**meta, "options": {**ADDED, **meta["options"]}}
+
+
+def _is_sealed(meta: dict[str, Any]) -> bool:
+    """Whether it is as it was written, as far as can be told."""
+    if CHECKSUM not in meta:
+        return set(meta) == OLDEST
+    sums = meta.get(SUMS)
+    rest = {name: value for name, value in meta.items() if name != CHECKSUM}
+    return isinstance(sums, dict) and meta[CHECKSUM] == hash_of(rest)
 
 
 def _is_meta(meta: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ...errors import UserError
+from ...files import lock_file
 
 try:
     import fcntl
@@ -21,8 +22,13 @@ LOCK_NAME = ".lock"
 
 @contextmanager
 def filling(cache_dir: str | Path) -> Iterator[None]:
-    """Nothing is deleted from the cache inside the context; others may fill it too."""
-    with (Path(cache_dir) / LOCK_NAME).open("ab") as file:
+    """Nothing is deleted from the cache inside the context; others may fill it too.
+
+    Raises:
+        UserError: what stands in the lock's place is no file.
+        WriteError: it cannot be opened.
+    """
+    with lock_file(Path(cache_dir) / LOCK_NAME, "cache_dir") as file:
         if fcntl is not None:
             with suppress(OSError):  # a network file system without locks: there, nobody is warned either
                 fcntl.flock(file, fcntl.LOCK_SH)
@@ -36,7 +42,7 @@ def deleting(cache_dir: str | Path) -> Iterator[None]:
     Raises:
         UserError: a run is filling it.
     """
-    with (Path(cache_dir) / LOCK_NAME).open("ab") as file:
+    with lock_file(Path(cache_dir) / LOCK_NAME, "cache_dir") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

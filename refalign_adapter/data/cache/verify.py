@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import ConfigError
+from ...errors import ConfigError, ReadError
 from .contents import File, row_contents, text_contents
 from .dataset import open_cache
 from .index import REMEDY, read_index, read_meta
 from .lock import deleting
 from .options import CacheOptions
-from .parts import DAMAGED, PARTS, Expected, PartStore
+from .parts import DAMAGED, KEY, PARTS, CacheGoneError, Expected, PartStore
 
 Progress = Callable[[int, int], None]
 
@@ -39,8 +39,10 @@ def verify_cache(options: CacheOptions, progress: Progress | None = None) -> Fil
         The files, all of them whole.
 
     Raises:
-        UserError: there is no finished cache, or it was made with other options or from another manifest.
-        ConfigError: lists every part that is missing or damaged, one line each, and what to do.
+        UserError: there is no finished cache, it goes away meanwhile, or it was made with other options or from
+            another manifest.
+        ConfigError: lists every part that is missing, damaged or not given by the system, one line each, and what
+            to do.
     """
     for split in options.manifests:
         open_cache(options, split=split)
@@ -50,19 +52,32 @@ def verify_cache(options: CacheOptions, progress: Progress | None = None) -> Fil
     for row, file, content in _all_expected(options, store):
         expected.setdefault(file, content)
         rows.setdefault(file, []).append(row)
-    problems, size = [], 0
+    problems, summary, size = [], [], 0
+    damaged = withheld = 0
     for done, (file, content) in enumerate(expected.items(), 1):
-        if problem := store.problem(*file, content):
-            others = f" and {len(rows[file]) - 1} more" if len(rows[file]) > 1 else ""
-            problems.append(f"{rows[file][0]}{others}: {str(store.path(*file))!r} {problem}")
-            store.set_aside(*file)
+        others = f" and {len(rows[file]) - 1} more" if len(rows[file]) > 1 else ""
+        try:
+            problem = store.problem(*file, content)
+        except CacheGoneError:
+            raise
+        except ReadError as error:
+            withheld += 1
+            problems.append(f"{rows[file][0]}{others}: {error}")
         else:
-            size += store.size(*file)
+            if problem is None:
+                size += store.size(*file)
+            else:
+                damaged += 1
+                problems.append(f"{rows[file][0]}{others}: {str(store.path(*file))!r} {problem}")
+                store.set_aside(*file)
         if progress:
             progress(done, len(expected))
+    if damaged:
+        summary += [f"{damaged} of {len(expected)} parts are missing or damaged; {REMEDY}, which makes these anew"]
+    if withheld:
+        summary += [f"{withheld} of {len(expected)} parts are not given by the system and may be whole"]
     if problems:
-        summary = f"{len(problems)} of {len(expected)} parts are missing or damaged; {REMEDY}, which makes these anew"
-        raise ConfigError([*problems, summary])
+        raise ConfigError([*problems, *summary])
     return Files(len(expected), size)
 
 
@@ -72,7 +87,7 @@ def _all_expected(options: CacheOptions, store: PartStore) -> Iterator[tuple[str
     text = text_contents(meta, store)
     yield "the empty text", ("text", meta["empty_text"]), text
     for split in options.manifests:
-        for entry in read_index(options.cache_dir, split):
+        for entry in read_index(options.cache_dir, split, meta):
             for file, content in row_contents(entry, meta, text):
                 yield entry.place(split), file, content
 
@@ -89,15 +104,19 @@ def prune_cache(cache_dir: str | Path) -> Files:
     Raises:
         UserError: there is no finished cache, or a run is filling it.
     """
-    folder, meta = Path(cache_dir), read_meta(cache_dir)
+    folder = Path(cache_dir)
+    read_meta(folder)  # before a lock is left in a folder that is no cache
     store, deleted = PartStore(folder), Counter()
     with deleting(folder):
+        meta = read_meta(folder)
         keep = {store.path("text", meta["empty_text"])}
         for index in folder.glob("index-*.jsonl"):
-            entries = read_index(folder, index.stem.removeprefix("index-"))
+            entries = read_index(folder, index.stem.removeprefix("index-"), meta)
             keep |= {store.path(*file) for entry in entries for file in entry.parts.files()}
         for path in [path for part in PARTS for path in (folder / part).glob("*")]:
-            if path not in keep and path.suffix in (".safetensors", DAMAGED):
-                deleted.update(count=1, bytes=path.stat().st_size)
+            # Nothing but what a cache writes: a part's folder may be a link to where other things are too.
+            named = KEY.fullmatch(path.stem) and path.suffix in (".safetensors", DAMAGED)
+            if named and path not in keep and not (path.is_dir() and not path.is_symlink()):
+                deleted.update(count=1, bytes=path.lstat().st_size)
                 path.unlink()
     return Files(deleted["count"], deleted["bytes"])

@@ -1,0 +1,200 @@
+"""A stock pipeline's own loop, guided by references: hooks on the transformer make its calls the passes of the plan.
+
+The stock loop calls the transformer with the prompt, then with the negative prompt, and takes u + s · (c − u). What
+the hooks return as c and u makes that the prediction of `guidance.combine`; where one call is enough for a step, the
+loop is told that there is no classifier-free guidance in it. No line of a pipeline's loop is written anew, so that
+whatever else it does (callbacks, interruption, schedulers, timesteps of a model's own) stays as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conditions import EncodedReferences
+from .guidance import Call, GuidancePass, combine, plan_guidance
+from .step_caches import pass_context
+
+Arguments = dict[str, Any]
+
+
+class GuidedCalls:
+    """The transformer's calls during one generation.
+
+    Args:
+        pipe: a `ReferencePipeline` in the middle of a call of its own.
+        stock_scale: the guidance scale that its loop multiplies by.
+        image_guidance_scale, interval, batch: see `plan_guidance`.
+        encode: makes what passes are given of references, at the first step, when the text encoder has done its work;
+            None without references.
+        text_arguments: names of the transformer's arguments that hold the text.
+
+    Attributes:
+        negative: those arguments for the negative prompt, which batches of passes need; None: not known (any more).
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        stock_scale: float,
+        image_guidance_scale: float,
+        interval: Sequence[float],
+        batch: bool,
+        encode: Callable[[], EncodedReferences] | None,
+        text_arguments: Sequence[str],
+    ):
+        self.pipe = pipe
+        self.stock_scale = stock_scale
+        self.image_guidance_scale = image_guidance_scale
+        self.interval = interval
+        self.batch = batch
+        self.encode = encode
+        self.text_arguments = tuple(text_arguments)
+        self.references: EncodedReferences | None = None
+        self.negative: Arguments | None = None
+        self.asleep = False
+        self._index = -1
+        self._calls: tuple[Call, ...] = ()
+        self._awaits_negative = False
+        self._predictions: dict[GuidancePass, Tensor] = {}
+        self._running: list[Call] = []
+        self._given: Arguments = {}
+        self._thread = threading.get_ident()
+        self._around = ExitStack()
+        self._names = list(inspect.signature(type(pipe.transformer).forward).parameters)[1:]
+
+    @contextmanager
+    def on(self, transformer: Any) -> Iterator[None]:
+        """Hook the transformer; its calls inside the context are those of the pipeline's loop."""
+        handles = (
+            transformer.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            transformer.register_forward_hook(self._after, with_kwargs=True),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._around.close()
+
+    @contextmanager
+    def sleeping(self) -> Iterator[None]:
+        """Inside the context, calls of the transformer are not the loop's: a callback's, or passes made here."""
+        before, self.asleep = self.asleep, True
+        try:
+            yield
+        finally:
+            self.asleep = before
+
+    def wants_negative(self, stock: bool) -> bool:
+        """Whether the loop is to call the transformer with the negative prompt; `stock`: whether it would."""
+        return stock and (self._index < 0 or self._awaits_negative)
+
+    def _before(self, transformer: Any, args: tuple, kwargs: Arguments) -> tuple[tuple, Arguments] | None:
+        if self.asleep or threading.get_ident() != self._thread:
+            return None
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if self._awaits_negative:
+            self.negative = {name: arguments[name] for name in self.text_arguments}
+            self._running = [call for call in self._calls if not call[-1].text]
+        else:
+            self._begin_step()
+        self._given = arguments
+        call = self._running[-1]  # the most conditioned; the others follow when it is done
+        self._around.enter_context(self._passing(call))
+        return (), self._arguments_of(call)
+
+    def _begin_step(self) -> None:
+        if self.encode is not None and self.references is None:
+            with self.sleeping():
+                self.references = self.encode()
+        self._index += 1
+        self._predictions = {}
+        guided = self.stock_scale > 1 and self.pipe.stock_guidance  # else there is no negative prompt
+        plan = plan_guidance(
+            self.pipe.guidance_scale if guided else 1.0,
+            self.image_guidance_scale,
+            references=self.references is not None,
+            interval=self.interval,
+            batch=self.batch and self.negative is not None,
+        )
+        self._calls = plan.calls(self._index, self.pipe.num_timesteps)
+        together = any(len({item.text for item in call}) == 2 for call in self._calls)
+        needs_negative = any(not item.text for call in self._calls for item in call)
+        self._awaits_negative = needs_negative and not together
+        self._running = [call for call in self._calls if call[-1].text or not self._awaits_negative]
+
+    def _after(self, transformer: Any, args: tuple, kwargs: Arguments, output: Any) -> Any:
+        if self.asleep or threading.get_ident() != self._thread:
+            return None
+        self._around.close()
+        self._keep(self._running[-1], output)
+        for call in self._running[:-1]:
+            with self.sleeping(), self._passing(call):
+                self._keep(call, transformer(**self._arguments_of(call)))
+        return _with_prediction(output, self._prediction())
+
+    def _prediction(self) -> Tensor:
+        """What the loop gets of the call that has just been made."""
+        passes = [item for call in self._calls for item in call]
+        if self._awaits_negative and len(self._predictions) < len(passes):
+            return self._wide(self._predictions[passes[-1]])
+        was_awaited, self._awaits_negative = self._awaits_negative, False
+        predictions = [self._predictions[item] for item in passes]
+        if not was_awaited:
+            return combine(predictions, passes)
+        if len(passes) == 2 and passes[1].weight == self.stock_scale:
+            return self._wide(predictions[0])  # the loop's own formula is the one
+        conditional = predictions[-1].float()
+        return (combine(predictions, passes) - self.stock_scale * conditional) / (1 - self.stock_scale)
+
+    def _wide(self, prediction: Tensor) -> Tensor:
+        """In float32, as differences of predictions are multiplied; without references as stock does it."""
+        return prediction if self.references is None else prediction.float()
+
+    def _keep(self, call: Call, output: Any) -> None:
+        prediction = output[0] if isinstance(output, tuple) else output.sample
+        self._predictions |= zip(call, prediction.chunk(len(call)), strict=True)
+
+    def _arguments_of(self, call: Call) -> Arguments:
+        """The loop's arguments for one or several passes."""
+        negative = {name: value.to(self._given[name]) for name, value in (self.negative or {}).items()}
+        rows = [self._given if item.text else self._given | negative for item in call]
+        if len(call) == 1:
+            return rows[0]
+        count = len(next(value for value in self._given.values() if isinstance(value, Tensor) and value.ndim > 1))
+        return {
+            name: torch.cat([row[name] for row in rows])
+            if isinstance(value, Tensor) and value.ndim and len(value) == count
+            else value
+            for name, value in self._given.items()
+        }
+
+    @contextmanager
+    def _passing(self, call: Call) -> Iterator[None]:
+        """A call of its own name for step caches, with the references that its passes see."""
+        name, scheduler = "+".join(item.name for item in call), self.pipe.scheduler
+        sigma = float(scheduler.sigmas[self._index]) if hasattr(scheduler, "sigmas") else 0.0
+        where = self._index, sigma, self.pipe.num_timesteps
+        with pass_context(self.pipe.transformer, name, *where), self._riding(call):
+            yield
+
+    def _riding(self, call: Call) -> AbstractContextManager[None]:
+        given = None if self.references is None else self.references.for_call(call)
+        if given is None:
+            return self.pipe._loaded_branch().references(None)
+        return self.pipe._reference_branch().references(given.given, given.mask)
+
+
+def _with_prediction(output: Any, prediction: Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (prediction, *output[1:])
+    output.sample = prediction
+    return output

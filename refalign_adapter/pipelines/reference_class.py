@@ -1,0 +1,66 @@
+"""The reference pipeline of a stock class: a subclass, and objects of it with another pipeline's components."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from .call import DEFAULTS, ReferenceCall
+
+_OWN = tuple(inspect.signature(ReferenceCall.__call__).parameters.values())
+
+
+@functools.cache
+def reference_class(stock: type) -> type:
+    """A subclass of diffusers' `stock` that takes references, the same one every time; of `WanPipeline` it is called
+    `WanReferencePipeline`."""
+    if issubclass(stock, ReferenceCall):
+        return stock
+    name = stock.__name__.removesuffix("Pipeline") + "ReferencePipeline"
+    made = type(name, (ReferenceCall, stock), {"__module__": __name__, "__call__": _documented(stock), "stock": stock})
+    made.__doc__ = f"`{stock.__name__}` that takes reference images; `load_adapter` makes it from one."
+    return made
+
+
+def stock_class(pipe: Any) -> Any:
+    """The class of a reference pipeline without the references; that of any other as it is."""
+    return getattr(type(pipe), "stock", type(pipe))
+
+
+def build_pipeline(pipe: Any, cls: type | None = None, **replaced: Any) -> Any:
+    """A pipeline with the components and settings of `pipe`; diffusers' `from_pipe` would cast them to float32.
+
+    Args:
+        pipe: a diffusers pipeline.
+        cls: of the new one; None: the reference class of `pipe`'s.
+        replaced: components to take instead of its own.
+    """
+    components = {**pipe.components, **replaced}
+    names = inspect.signature(stock_class(pipe).__init__).parameters
+    settings = {name: pipe.config[name] for name in names if name in pipe.config and name not in components}
+    return (cls or reference_class(type(pipe)))(**components, **settings)
+
+
+def _documented(stock: Any) -> Any:
+    """The call, with a signature and a text that name the stock pipeline's arguments too."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ReferenceCall.__call__(self, *args, **kwargs)
+
+    theirs = [
+        parameter.replace(default=DEFAULTS[name]) if name in DEFAULTS else parameter
+        for name, parameter in inspect.signature(stock.__call__).parameters.items()
+    ]
+    first = [parameter for parameter in _OWN if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    only = [parameter for parameter in _OWN if parameter.kind is parameter.KEYWORD_ONLY]
+    rest = [parameter for parameter in theirs if parameter.name not in {own.name for own in first}]
+    __call__.__signature__ = inspect.Signature([*first, *rest, *only])  # type: ignore[attr-defined]
+    __call__.__doc__ = f"{ReferenceCall.__call__.__doc__}\n    Of `{stock.__name__}`:\n{stock.__call__.__doc__ or ''}"
+    return __call__
+
+
+def revive(stock: type) -> Any:
+    """An empty reference pipeline, for copies and pickles: its class is made at run time."""
+    cls = reference_class(stock)
+    return cls.__new__(cls)
