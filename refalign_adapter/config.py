@@ -24,6 +24,14 @@ FORMAT_KEY, WRITER_KEY = "format_version", "refalign_adapter_version"
 MAX_BYTES = 2**20
 """Of the file; an adapter with patterns for every layer of a large model has some ten thousand bytes."""
 PACKAGE = "refalign-adapter"
+LATER = {
+    "reference_place": "origin",
+    "reference_size": None,
+    "reference_timestep": "video",
+    "null_reference": "absent",
+}
+"""Fields that came after the first version, and their defaults. They are written only when they differ, so that older
+versions open every adapter that they would understand; one that they would not, they refuse by the field's name."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +44,27 @@ class RefAlignConfig:
             values, which are computed once per video.
         lora_scope: "all": the LoRA acts on video and reference tokens alike. "reference" (isolated only): on reference
             tokens alone, so that the base stays itself.
-        reference_frame: temporal index of the first reference (isolated only); None: the one after the video's last
-            latent frame, as in the paper, so that keys and values depend on the video's length.
+        reference_frame: temporal index of the first reference, from -1 on, the others count up from it (isolated
+            only); None: the one after the video's last latent frame, as in the paper, so that keys and values depend
+            on the video's length.
+        reference_place: where the rows and columns of a reference's tokens begin (isolated only): "origin": at 0, as
+            the video's own; "beyond": where the video's end, so that no position is shared with the video at any
+            reference_frame, and keys and values depend on the video's height and width.
         reference_scale: height and width of a reference's canvas as a share of the video's, in (0, 1] (isolated only);
             0.5 leaves a quarter of the tokens.
+        reference_size: (height, width) of a reference's canvas in pixels, whatever the video's (isolated only), in
+            place of reference_scale; multiples of what a token covers.
+        reference_timestep: of reference tokens in joint attention: "video": the video's, as in the paper; "clean": 0.
+            Isolated references are always at 0.
+        null_reference: what stands for references that are dropped, in training and in the passes of guidance that do
+            not see them: "absent": nothing; "zeros": latents of zero in their places, as in the paper's released code.
         drop_background: leave out reference tokens that show nothing but white padding (isolated only).
-        r: LoRA rank, at least 1.
+        r: LoRA rank; 0: there is no LoRA, the adapter says how references and guidance go with a base that was trained
+            whole.
         lora_alpha: LoRA scale numerator; the update is multiplied by lora_alpha / r.
         lora_dropout: share of LoRA inputs dropped while training, in [0, 1).
-        target_modules: module names as in peft, suffixes or a regular expression; None takes the family's own.
+        target_modules: module names as in peft, suffixes or a regular expression; None takes the family's own (none
+            with r 0).
         rank_pattern, alpha_pattern: per-module ranks and alphas, as in peft.
         align_layers: the first K blocks (int; 0 turns alignment off) or an explicit list of block indices.
         teachers: ids or folders of the frozen vision encoders, one projector head each.
@@ -72,9 +92,13 @@ class RefAlignConfig:
     max_sequence_length: int = 512
     base_model: str | None = None
     base: dict[str, Any] = field(default_factory=dict)
+    reference_place: str = "origin"
+    reference_size: Sequence[int] | None = None
+    reference_timestep: str = "video"
+    null_reference: str = "absent"
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "teachers", "align_layers"):
+        for name in ("target_modules", "teachers", "align_layers", "reference_size"):
             value = getattr(self, name)
             if isinstance(value, (list, set)):
                 object.__setattr__(self, name, tuple(value))
@@ -95,8 +119,9 @@ class RefAlignConfig:
         return tuple(range(layers)) if isinstance(layers, int) else tuple(sorted(layers))
 
     def to_dict(self) -> dict[str, Any]:
-        """A dict of JSON types that `from_dict` reads back."""
+        """A dict of JSON types that `from_dict` reads back; without those of `LATER` that are the default."""
         values = dataclasses.asdict(self)
+        values = {name: value for name, value in values.items() if name not in LATER or value != LATER[name]}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod

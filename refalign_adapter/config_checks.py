@@ -13,6 +13,21 @@ ATTENTIONS = {"joint": ("all",), "isolated": ("reference", "all")}
 """Attention -> the LoRA scopes it can have."""
 LAST_FRAME = 1000
 """Rotary tables of video DiTs end a little later (Wan: 1,024 frames)."""
+CHOICES = {
+    "reference_place": ("origin", "beyond"),
+    "reference_timestep": ("video", "clean"),
+    "null_reference": ("absent", "zeros"),
+}
+OF_ISOLATED = {
+    "reference_frame": None,
+    "reference_place": "origin",
+    "reference_scale": 1,
+    "reference_size": None,
+    "drop_background": False,
+}
+"""What only isolated references have -> what it is with joint attention."""
+MAX_SIDE = 4_096
+"""Pixels of a reference's own canvas: what a file says decides memory."""
 MAX_RANK = 16_384
 """Beyond the width of any layer there is; the base's own limit is checked where the base is known."""
 MAX_ALPHA = 1e6
@@ -69,26 +84,52 @@ def _attention_problems(values: dict[str, Any]) -> Iterator[str]:
         allowed = list(ATTENTIONS[attention])
         yield f"lora_scope must be one of {allowed} with attention={attention!r}, got {shorten(scope)}"
         return
-    frame, scale, drop = (values[name] for name in ("reference_frame", "reference_scale", "drop_background"))
-    if frame is not None and not _is_count(frame, 0, LAST_FRAME - 1):
-        yield f"reference_frame must be an integer in [0, {LAST_FRAME}) or null, got {shorten(frame)}"
-    if not _is_number(scale) or not 0 < scale <= 1:
-        yield f"reference_scale must be in (0, 1], got {shorten(scale)}"
+    yield from _reference_problems(values)
+    if attention == "joint":
+        for name in (name for name, value in OF_ISOLATED.items() if values[name] != value):
+            yield f"{name} needs attention='isolated', got {shorten(values[name])} with 'joint'"
+    elif values["reference_timestep"] == "clean":
+        yield "reference_timestep needs attention='joint', got 'clean' with 'isolated', which always is; leave it out"
+
+
+def _reference_problems(values: dict[str, Any]) -> Iterator[str]:
+    frame, drop = values["reference_frame"], values["drop_background"]
+    if frame is not None and not _is_count(frame, -1, LAST_FRAME - 1):
+        yield f"reference_frame must be an integer in [-1, {LAST_FRAME}) or null, got {shorten(frame)}"
+    for name, choices in CHOICES.items():
+        if values[name] not in choices:
+            yield f"{name} must be one of {list(choices)}, got {shorten(values[name])}"
+    yield from canvas_problems(values["reference_scale"], values["reference_size"])
     if not isinstance(drop, bool):
         yield f"drop_background must be true or false, got {shorten(drop)}"
-    if attention == "joint":
-        changed = {
-            "reference_frame": frame is not None,
-            "reference_scale": scale != 1,
-            "drop_background": drop is True,
-        }
-        for name in (name for name, is_set in changed.items() if is_set):
-            yield f"{name} needs attention='isolated', got {shorten(values[name])} with 'joint'"
+
+
+def canvas_problems(scale: Any, size: Any) -> Iterator[str]:
+    """What is wrong with a reference's canvas, one line each.
+
+    Args:
+        scale, size: `reference_scale` and `reference_size` of a `RefAlignConfig`, of any type.
+    """
+    if not _is_number(scale) or not 0 < scale <= 1:
+        yield f"reference_scale must be in (0, 1], got {shorten(scale)}"
+    if size is None:
+        return
+    if not isinstance(size, tuple) or len(size) != 2 or not all(_is_count(side, 1, MAX_SIDE) for side in size):
+        got = list(size) if isinstance(size, tuple) else size
+        yield f"reference_size must be [height, width] in pixels, each in [1, {MAX_SIDE}], or null, got {shorten(got)}"
+    elif scale != 1:
+        yield (
+            f"reference_size says how large a reference's canvas is, got {list(size)} beside reference_scale "
+            f"{shorten(scale)}, which says it too; leave one of them out"
+        )
 
 
 def _lora_problems(values: dict[str, Any]) -> Iterator[str]:
-    if not _is_count(values["r"], 1, MAX_RANK):
-        yield f"r must be an integer in [1, {MAX_RANK}], got {shorten(values['r'])}"
+    if not _is_count(values["r"], 0, MAX_RANK):
+        yield f"r must be an integer in [0, {MAX_RANK}], got {shorten(values['r'])}"
+    elif values["r"] == 0:
+        for name in (name for name in ("target_modules", "rank_pattern", "alpha_pattern") if values[name]):
+            yield f"{name} must be left out with r 0, which is an adapter without LoRA, got {shorten(values[name])}"
     if not _is_alpha(values["lora_alpha"]):
         yield f"lora_alpha must be a positive number of at most {MAX_ALPHA:g}, got {shorten(values['lora_alpha'])}"
     dropout = values["lora_dropout"]

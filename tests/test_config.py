@@ -1,5 +1,7 @@
 """RefAlignConfig: all problems at once, JSON round trip."""
 
+import json
+
 import pytest
 
 import refalign_adapter as ra
@@ -8,7 +10,7 @@ import refalign_adapter as ra
 def test_every_problem_is_told_at_once():
     with pytest.raises(ra.ConfigError) as caught:
         ra.RefAlignConfig(
-            attention="jiont", r=0, lora_alpha=-1, lora_dropout=1.0, align_layers=[1, 1], teachers=["a", "a"]
+            attention="jiont", r=-1, lora_alpha=-1, lora_dropout=1.0, align_layers=[1, 1], teachers=["a", "a"]
         )
     assert len(caught.value.problems) == 6
     assert "attention must be one of ['isolated', 'joint'], got 'jiont'" in caught.value.problems
@@ -16,15 +18,98 @@ def test_every_problem_is_told_at_once():
 
 def test_what_only_isolated_attention_has_is_refused_with_joint():
     with pytest.raises(ra.ConfigError) as caught:
-        ra.RefAlignConfig(reference_frame=3, reference_scale=0.5, drop_background=True)
-    names = ("reference_frame", "reference_scale", "drop_background")
+        ra.RefAlignConfig(
+            reference_frame=-1,
+            reference_place="beyond",
+            reference_scale=0.5,
+            drop_background=True,
+            r=4,
+            align_layers=1,
+        )
+    names = ("reference_frame", "reference_place", "reference_scale", "drop_background")
     assert [problem.split(" needs attention='isolated'")[0] for problem in caught.value.problems] == list(names)
     with pytest.raises(ra.ConfigError, match=r"lora_scope must be one of \['all'\] with attention='joint'"):
         ra.RefAlignConfig(lora_scope="reference")
     with pytest.raises(ra.ConfigError) as caught:
-        ra.RefAlignConfig(attention="isolated", reference_frame=-1, reference_scale=0, drop_background=1)
+        ra.RefAlignConfig(attention="isolated", reference_frame=-2, reference_scale=0, drop_background=1)
     assert len(caught.value.problems) == 3
-    assert ra.RefAlignConfig(attention="isolated", lora_scope="reference", reference_frame=0).reference_frame == 0
+    for frame in (-1, 0, 999):
+        config = ra.RefAlignConfig(attention="isolated", lora_scope="reference", reference_frame=frame)
+        assert config.reference_frame == frame
+
+
+LATER = {
+    "reference_place": "beyond",
+    "reference_size": [512, 384],
+    "null_reference": "zeros",
+    "reference_frame": -1,
+    "attention": "isolated",
+}
+
+
+def test_fields_that_came_later_are_read_back_and_written_only_where_they_say_something(tmp_path):
+    ra.RefAlignConfig().save(tmp_path)
+    values = json.loads((tmp_path / "refalign_config.json").read_text())
+    later = ("reference_place", "reference_size", "reference_timestep", "null_reference")
+    assert not set(later) & set(values)
+    for fields in (LATER, {"reference_timestep": "clean"}, {"r": 0}):
+        config = ra.RefAlignConfig(**fields)
+        config.save(tmp_path)
+        assert ra.RefAlignConfig.load(tmp_path) == config
+        written = json.loads((tmp_path / "refalign_config.json").read_text())
+        assert {name: written[name] for name in fields} == fields
+        assert {name for name in later if name in written} == {name for name in later if name in fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"reference_place": "behind"}, "reference_place must be one of ['origin', 'beyond'], got 'behind'"),
+        ({"reference_place": []}, "reference_place must be one of ['origin', 'beyond'], got []"),
+        ({"null_reference": True}, "null_reference must be one of ['absent', 'zeros'], got True"),
+        (
+            {"reference_size": [512]},
+            "reference_size must be [height, width] in pixels, each in [1, 4096], or null, got [512]",
+        ),
+        (
+            {"reference_size": [512, 512.0]},
+            "reference_size must be [height, width] in pixels, each in [1, 4096], or null, got [512, 512.0]",
+        ),
+        (
+            {"reference_size": [512, 10**9]},
+            "reference_size must be [height, width] in pixels, each in [1, 4096], or null, got [512, 1000000000]",
+        ),
+        (
+            {"reference_size": "512x512"},
+            "reference_size must be [height, width] in pixels, each in [1, 4096], or null, got '512x512'",
+        ),
+        (
+            {"reference_size": [512, 512], "reference_scale": 0.5},
+            "reference_size says how large a reference's canvas is, got [512, 512] beside reference_scale 0.5, which "
+            "says it too; leave one of them out",
+        ),
+        (
+            {"reference_size": [512, 512], "attention": "joint"},
+            "reference_size needs attention='isolated', got (512, 512) with 'joint'",
+        ),
+        (
+            {"reference_timestep": "clean"},
+            "reference_timestep needs attention='joint', got 'clean' with 'isolated', which always is; leave it out",
+        ),
+        (
+            {"r": 0, "rank_pattern": {"to_q": 4}},
+            "rank_pattern must be left out with r 0, which is an adapter without LoRA, got {'to_q': 4}",
+        ),
+        (
+            {"r": 0, "target_modules": ["to_q"]},
+            "target_modules must be left out with r 0, which is an adapter without LoRA, got ('to_q',)",
+        ),
+    ],
+)
+def test_what_those_fields_cannot_be_is_one_line(fields, problem):
+    with pytest.raises(ra.ConfigError) as caught:
+        ra.RefAlignConfig(**{"attention": "isolated"} | fields)
+    assert caught.value.problems == [problem]
 
 
 def test_a_misspelt_key_is_told_with_the_nearest_one():

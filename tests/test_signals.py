@@ -131,8 +131,8 @@ def test_a_reader_that_is_gone_ends_nothing(ends):
 @pytest.mark.parametrize("buffered", [False, True])
 def test_output_that_finds_no_room_is_one_line(buffered):
     """At once, or at the end, when what is buffered is written."""
-    code = "from refalign_adapter import cli\n"
-    code += 'sys.stdout = open(1, "w", buffering=4096, closefd=False)\n' * buffered + 'cli.main(["recipes", "list"])'
+    code = "from refalign_adapter.commands import app\n"
+    code += 'sys.stdout = open(1, "w", buffering=4096, closefd=False)\n' * buffered + 'app.main(["recipes", "list"])'
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-c", HEAD + code], stdout=full, stderr=subprocess.PIPE, text=True, check=False

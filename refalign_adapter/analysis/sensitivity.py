@@ -34,7 +34,7 @@ class Sensitivity:
         shuffled: mean loss with another row's references, as many of them.
         swapped: mean loss with the row's own references in another order, each one place on; as `true` where a row has
             one. Close to `true`, subjects are told apart by what they are and not by their place.
-        none: mean loss without references.
+        none: mean loss without references, or with what the adapter's `null_reference` has in their place.
         n: rows.
         p_value: of a paired one-sided t-test that `true` is less than `shuffled`.
         rows: (n, 4) losses of each row, in the order above.
@@ -146,13 +146,15 @@ def _batch_losses(
 
 
 def _losses(branch: ReferenceBranch, batch: Batch, source: Batch | None, noise: Tensor, sigma: float) -> Tensor:
-    """(B,) flow losses of `batch` with the references of `source`."""
+    """(B,) flow losses of `batch` with the references of `source`, or without."""
     transformer: Any = branch.transformer
     latents = batch.latents.float()
     sigmas = torch.full((len(latents),), sigma, device=latents.device)
     noisy = interpolate(latents, noise, sigmas).to(transformer.dtype)
     arguments = branch.family.forward_arguments(noisy, sigmas, batch.text.to(transformer.dtype))
     references = (None, None, None) if source is None else (source.references, source.mask, source.tokens)
+    if source is None and branch.config.null_reference == "zeros":
+        references = torch.zeros_like(batch.references), batch.mask, batch.tokens
     with branch.references(*references):
         prediction = transformer(**arguments)[0]
     return flow_loss(prediction, velocity_target(latents, noise))

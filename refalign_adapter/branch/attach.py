@@ -50,6 +50,7 @@ class ReferenceBranch:
         align_blocks: indices of the blocks whose reference tokens are captured.
         fingerprint: called, says what besides the base decides the keys and values of references.
         merged: whether the LoRA is part of the transformer's weights for good; set by whoever merges it.
+        always_on: whether there is no LoRA to switch: it is merged, or the adapter holds none (r 0).
         weights_digest: sha256 of the weights it was loaded with; "" of one that was attached.
     """
 
@@ -63,8 +64,11 @@ class ReferenceBranch:
         self.weights_digest = ""
         self._trainable_before: dict[str, bool] = {}
         self._state = BranchState()
-        self._scope = LoraScope(transformer, adapter_name, config.lora_scope == "reference")
-        self.fingerprint = Fingerprint(self._scope, config)
+        # Without a LoRA there is nothing to switch off on video tokens.
+        self._scope = LoraScope(transformer, adapter_name, config.lora_scope == "reference" and config.r > 0)
+        blocks = family.blocks(transformer)
+        layers = [layer for block in blocks for layer in family.key_value_layers(block)]
+        self.fingerprint = Fingerprint(self._scope, config, layers)
         self._hooks = self._build_hooks()
         transformer.__dict__.setdefault(_MARK, {})[adapter_name] = self
         _living.add(self)
@@ -73,8 +77,14 @@ class ReferenceBranch:
     def _build_hooks(self) -> ReferenceAttention:
         common = (self.transformer, self.family, self._state, self._scope, self.align_blocks)
         if self.config.attention == "isolated":
-            return IsolatedAttention(*common, reference_frame=self.config.reference_frame)
-        return JointAttention(*common)
+            beyond = self.config.reference_place == "beyond"
+            return IsolatedAttention(*common, reference_frame=self.config.reference_frame, beyond=beyond)
+        return JointAttention(*common, clean=self.config.reference_timestep == "clean")
+
+    @property
+    def always_on(self) -> bool:
+        """See the class."""
+        return self.merged or self.config.r == 0
 
     def references(
         self, latents: Tensor | ReferenceCache | None, mask: Tensor | None = None, tokens: Tensor | None = None
@@ -104,28 +114,43 @@ class ReferenceBranch:
 
     @torch.no_grad()
     def encode_references(
-        self, latents: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None, *, frames: int
+        self,
+        latents: Tensor,
+        mask: Tensor | None = None,
+        tokens: Tensor | None = None,
+        *,
+        frames: int,
+        size: tuple[int, int] | None = None,
     ) -> ReferenceCache | None:
         """Run references once, for any number of calls inside `references(cache)` (isolated attention).
 
         Args:
             latents, mask, tokens: as in `references`.
             frames: latent frames of the videos.
+            size: their latent height and width; needed with `reference_place` "beyond" alone.
 
         Returns:
-            Keys and values on the transformer's device; None when no reference is real.
+            Keys and values on the transformer's device; None when no reference is real. With `null_reference` "zeros",
+            those of latents of zero too, for passes without references.
 
         Raises:
-            UserError: shapes that do not fit, joint attention, or an adapter that is switched off.
+            UserError: shapes that do not fit, joint attention, no size where one is needed, or an adapter that is
+                switched off.
         """
         self.check_switched_on()
         self._check_not_fused_over()
         references = prepare_references(latents, mask, tokens)
         if references is None:
             return None
+        patch = self._hooks.patch_size
+        grid = None if size is None else (size[0] // patch[1], size[1] // patch[2])
+        made: dict[str, Any] = {"adapter": self.fingerprint(), "adapter_name": self.adapter_name}
         with self._state.waiting(None):
-            cache = self._hooks.cache(references, frames // self._hooks.patch_size[0])
-        return dataclasses.replace(cache, adapter=self.fingerprint(), adapter_name=self.adapter_name)
+            if self.config.null_reference == "zeros":
+                zeros = dataclasses.replace(references, latents=torch.zeros_like(references.latents))
+                made["null"] = dataclasses.replace(self._hooks.cache(zeros, frames // patch[0], grid), **made)
+            cache = self._hooks.cache(references, frames // patch[0], grid)
+        return dataclasses.replace(cache, **made)
 
     def _check_cache(self, cache: ReferenceCache) -> ReferenceCache:
         """Refuse keys and values that another adapter or base would read wrongly."""
@@ -147,7 +172,7 @@ class ReferenceBranch:
         Raises:
             UserError: it is switched off, or its LoRA was taken off the transformer.
         """
-        if not self.merged:
+        if not self.always_on:
             self._scope.check_switched_on()
 
     def _check_not_fused_over(self) -> None:
@@ -260,7 +285,7 @@ def _save_lora_adapter(transformer: Any, save_directory: Any, adapter_name: str 
 def switched_on(transformer: Any) -> list[ReferenceBranch]:
     """The branches whose adapters act, as `set_adapters` chooses, or are merged into the weights; oldest first."""
     active = active_adapters(transformer)
-    return [branch for name, branch in branches_of(transformer).items() if name in active or branch.merged]
+    return [branch for name, branch in branches_of(transformer).items() if name in active or branch.always_on]
 
 
 def branch_of(transformer: Any) -> ReferenceBranch | None:
@@ -290,7 +315,8 @@ def attach(
     """Freeze a DiT and give it a trainable reference branch.
 
     No forward is replaced: LoRA by PEFT, references and features by hooks. The update starts at zero, so that without
-    references the output is the base's own.
+    references the output is the base's own. With r 0 there is no LoRA and nothing to train: for a base that was
+    trained whole.
 
     Args:
         transformer: any DiT that `families/` knows, on any device (meta included).
@@ -309,7 +335,10 @@ def attach(
     excluded: list[str] = []
     if config.lora_scope == "reference":
         excluded = dead_layers(transformer, found, config.align_blocks(len(found.blocks(transformer))))
-    add_lora(transformer, config, adapter_name, seed, excluded)
+    if config.r == 0:
+        transformer.requires_grad_(False)
+    else:
+        add_lora(transformer, config, adapter_name, seed, excluded)
     branch = ReferenceBranch(transformer, config, found, adapter_name)
     branch._trainable_before = before
     return branch
@@ -337,5 +366,7 @@ def fit_config(transformer: Any, config: RefAlignConfig, family: str | None = No
         ]
         made_for = f" ({shorten(config.base_model)[1:-1]})" if config.base_model else ""
         raise UserError(f"adapter: made for another base{made_for}: it has {'; '.join(differences)}")
-    modules = config.target_modules if config.target_modules is not None else tuple(found.target_modules(transformer))
+    modules = config.target_modules
+    if modules is None and config.r:
+        modules = tuple(found.target_modules(transformer))
     return found, dataclasses.replace(config, base=base, target_modules=modules)

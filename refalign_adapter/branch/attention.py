@@ -105,15 +105,16 @@ class ReferenceAttention(ABC):
     def captured(self, current: Pass, output: Any) -> Any:
         """A block's reference tokens from its output, to be kept; None: this pass has none."""
 
-    def cache(self, references: References, frames: int) -> ReferenceCache:
+    def cache(self, references: References, frames: int, grid: tuple[int, int] | None = None) -> ReferenceCache:
         """Run references alone and keep what later passes need of them, with its graph where gradients are on.
 
         Args:
             references: what to run.
             frames: of the video, in tokens.
+            grid: its rows and columns of tokens; None: not known.
 
         Raises:
-            UserError: this attention has nothing to keep.
+            UserError: this attention has nothing to keep, or it must know what it is not told.
         """
         raise UserError(
             "references: attention 'joint' runs references along with the video, there is nothing to keep of them; "

@@ -3,7 +3,8 @@
 The transformer's own forward is called twice, with processors that keep keys and values in the references' pass and
 read them in the video's. No reference sees the video, the prompt, the noise or another reference, so that one pass of
 them serves all steps, and references cannot mix before the video reads them. A hook on the rotary embedding places
-them after the video's frames, as RefAlign (arXiv 2603.25743) does, or at a frame of the adapter's own.
+them after the video's frames, as RefAlign (arXiv 2603.25743) does, or at a frame of the adapter's own; their rows and
+columns begin at 0, or where the video's end, as in Stand-In (arXiv 2508.07901).
 
 Shape letters: B batch, C latent channels, F latent frames, M references, R real references of the batch, N tokens per
 reference, T reference tokens of a sample that are kept.
@@ -31,15 +32,16 @@ class IsolatedAttention(ReferenceAttention):
 
     Args:
         reference_frame: temporal index of the first reference; None: the one after the video's last.
+        beyond: whether rows and columns of references begin where the video's end.
     """
 
-    def __init__(self, *args: Any, reference_frame: int | None = None):
+    def __init__(self, *args: Any, reference_frame: int | None = None, beyond: bool = False):
         super().__init__(*args)
-        self.reference_frame = reference_frame
+        self.reference_frame, self.beyond = reference_frame, beyond
         self.processors: dict[nn.Module, KeyValueProcessor] = {}
         self.skipped: dict[nn.Module, SkippedProcessor] = {}
         self._next: Pass | None = None
-        self._places: tuple[Tensor, int] | None = None
+        self._places: tuple[Tensor, tuple[int, int]] | None = None
         rotary = self.family.rotary_embedding(self.transformer)
         self.handles.append(rotary.register_forward_hook(self._place))
         blocks = self.family.blocks(self.transformer)
@@ -63,14 +65,20 @@ class IsolatedAttention(ReferenceAttention):
         for block, skipped in self.skipped.items():
             uninstall(self.family.cross_attention(block), skipped)
 
-    def cache(self, references: References, frames: int) -> ReferenceCache:
+    def cache(self, references: References, frames: int, grid: tuple[int, int] | None = None) -> ReferenceCache:
         if self.patch_size[0] != 1:
             raise UserError(f"references: this model's tokens span {self.patch_size[0]} frames, a reference has one")
+        if self.beyond and grid is None:
+            raise UserError(
+                "size: with reference_place 'beyond' references stand where the video ends; give its latent (height, "
+                "width)"
+            )
         current = Pass(references=references, writes=True, capture=self.state.capture)
         first = frames if self.reference_frame is None else self.reference_frame
+        corner = grid if self.beyond and grid is not None else (0, 0)
         clips = references.clips
         places = torch.arange(references.count, device=clips.device).expand(references.latents.shape[0], -1)
-        self._next, self._places = current, (first + references.of_real(places), first + references.count)
+        self._next, self._places = current, (first + references.of_real(places), corner)
         dtype = self.transformer.dtype
         no_text = clips.new_zeros(len(clips), 1, self.family.text_width(self.transformer), dtype=dtype)
         no_noise = torch.zeros(len(clips), device=clips.device)
@@ -82,8 +90,13 @@ class IsolatedAttention(ReferenceAttention):
         self.state.latest = current
         keys, values = zip(*written, strict=True)
         packing = _Packing(references, keys[0].shape[1])
-        placed_after = frames if self.reference_frame is None else None
-        return ReferenceCache(tuple(map(packing, keys)), tuple(map(packing, values)), packing.mask, placed_after)
+        return ReferenceCache(
+            tuple(map(packing, keys)),
+            tuple(map(packing, values)),
+            packing.mask,
+            frames=frames if self.reference_frame is None else None,
+            grid=grid if self.beyond else None,
+        )
 
     def _new_pass(self) -> Pass:
         if self._next is None:
@@ -108,13 +121,18 @@ class IsolatedAttention(ReferenceAttention):
             if references.latents.shape[:2] != video.shape[:2]:
                 wanted, got = tuple(video.shape[:2]), tuple(references.latents.shape[:2])
                 raise UserError(f"references must fit the video's batch and channels {wanted}, got {got}")
-            cache = self.cache(references, frames)
+            cache = self.cache(references, frames, (rows, columns))
         if not isinstance(cache, ReferenceCache):
             return
         if cache.frames not in (None, frames):
             raise UserError(
                 f"references: cached for a video of {cache.frames} latent frames, this one has {frames}; encode them "
                 "again, or train an adapter with a reference_frame"
+            )
+        if cache.grid not in (None, (rows, columns)):
+            raise UserError(
+                f"references: cached for a video of {cache.grid[0]} x {cache.grid[1]} tokens (height x width), this "
+                f"one has {rows} x {columns}; encode them again for its size"
             )
         if len(cache) not in (1, video.shape[0]):
             raise UserError(f"references: cached for {len(cache)} samples, the video's batch has {video.shape[0]}")
@@ -165,7 +183,7 @@ class IsolatedAttention(ReferenceAttention):
         return output if current.writes else None
 
     def _place(self, rotary: nn.Module, args: tuple, output: Any) -> Any:
-        """Rotary embeddings at the references' own frames in place of the first."""
+        """Rotary embeddings at the references' own places in place of the first frame's."""
         current = self.state.current
         if current is None or not current.writes or self._places is None:
             return None

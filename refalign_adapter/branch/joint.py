@@ -2,7 +2,8 @@
 
 Without a copy of the model's code: reference latents are appended on the frame axis, so that patch embedding, rotary
 positions (the temporal index goes on after the video), timestep modulation and self-attention treat them as further
-frames; their tokens skip cross-attention; their frames are cut off the output.
+frames; their tokens skip cross-attention; their frames are cut off the output. Where the adapter says so, they are at
+timestep 0 instead of the video's, as in Lightricks' IC-LoRA.
 
 Shape letters: B batch, C latent channels, F latent frames, M references, H and W latent height and width, N tokens per
 reference.
@@ -24,10 +25,15 @@ from .state import Pass
 
 
 class JointAttention(ReferenceAttention):
-    """References in the video's own sequence."""
+    """References in the video's own sequence.
 
-    def __init__(self, *args: Any):
+    Args:
+        clean: whether their tokens are at timestep 0.
+    """
+
+    def __init__(self, *args: Any, clean: bool = False):
         super().__init__(*args)
+        self.clean = clean
         attention = self.family.self_attention(self.family.blocks(self.transformer)[0])
         self.attention_arguments = list(inspect.signature(type(attention).forward).parameters)[1:]
         for block in self.family.blocks(self.transformer):
@@ -51,10 +57,17 @@ class JointAttention(ReferenceAttention):
         frames, rows, columns = self.patch_size
         tokens = (video.shape[3] // rows) * (video.shape[4] // columns)
         current.tokens = references.count * tokens
+        of_video = video.shape[2] // frames * tokens
         if references.mask is not None:
             shown = references.mask.repeat_interleave(tokens, 1)
-            always = shown.new_ones(video.shape[0], video.shape[2] // frames * tokens)
+            always = shown.new_ones(video.shape[0], of_video)
             current.key_mask = torch.cat([always, shown], 1)[:, None, None, :]
+        if self.clean:
+            name = self.family.timestep_argument
+            timestep = self.family.clean_references(
+                arguments.arguments[name], video.shape[0], of_video, current.tokens
+            )
+            arguments.arguments[name] = timestep
         arguments.arguments[self.family.video_argument] = torch.cat([video, references.latents.to(video)], 2)
 
     def finish(self, current: Pass, output: Any) -> Any:

@@ -105,8 +105,11 @@ def _unwrapped(name: str) -> str:
 def remove_lora(transformer: Any, adapter_name: str) -> None:
     """Delete one adapter; layers that carried no other are the original modules again, and others act as before."""
     others = [name for name in active_adapters(transformer) if name != adapter_name]
-    if not set(getattr(transformer, "peft_config", ())) - {adapter_name}:
+    known = set(getattr(transformer, "peft_config", ()))
+    if not known - {adapter_name}:
         transformer.unload_lora()
+        return
+    if adapter_name not in known:  # it holds no LoRA
         return
     transformer.set_adapter(others)  # before: PEFT would switch on one that is off in the place of the last that acts
     _unwrap_layers(transformer, adapter_name)  # before: diffusers renews group offloading after its deletion

@@ -22,6 +22,8 @@ from ..tensor_files import save_tensors
 
 FORMAT = "refalign_reference_cache"
 _FIELDS = ("frames", "adapter", "adapter_name")
+_PARTS = ("keys", "values")
+_MOST = 10**6
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class ReferenceCache:
     """Keys and values of one or several samples' references (isolated attention).
 
     `pipe.encode_references` makes one; it serves any prompt, seed, number of steps and guidance. It depends on the
-    adapter, its weight and the base, and, unless the adapter has a `reference_frame`, on the video's length.
+    adapter, its weight and the base; unless the adapter has a `reference_frame`, on the video's length; and with
+    `reference_place` "beyond" on its height and width.
 
     Attributes:
         keys, values: per block, (B, T, heads, head_dim), rotated to their positions.
@@ -37,6 +40,9 @@ class ReferenceCache:
         frames: latent frames of the video they are placed after; None: they have a place of their own.
         adapter: fingerprint of the adapter they were made with.
         adapter_name: its name, for messages.
+        grid: rows and columns in tokens of the video whose end they are placed beyond; None: they begin at 0.
+        null: what a pass without references reads in their place, of an adapter with `null_reference` "zeros"; None:
+            nothing.
     """
 
     keys: tuple[Tensor, ...]
@@ -45,6 +51,8 @@ class ReferenceCache:
     frames: int | None = None
     adapter: str = ""
     adapter_name: str = ""
+    grid: tuple[int, int] | None = None
+    null: ReferenceCache | None = None
 
     def __len__(self) -> int:
         """B, the samples it is for."""
@@ -57,8 +65,9 @@ class ReferenceCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+        """Bytes of keys and values, those of `null` included."""
+        own = sum(tensor.numel() * tensor.element_size() for tensor in (*self.keys, *self.values))
+        return own + (0 if self.null is None else self.null.nbytes)
 
     @property
     def device(self) -> torch.device:
@@ -70,8 +79,7 @@ class ReferenceCache:
 
         On the CPU it takes no GPU memory, and every block of every pass fetches its share.
         """
-        mask = None if self.mask is None else self.mask.to(device)
-        return dataclasses.replace(self._map(lambda tensor: tensor.to(device, dtype)), mask=mask)
+        return self._map(lambda tensor: tensor.to(device, dtype), lambda mask: mask.to(device))
 
     def repeat(self, times: int) -> ReferenceCache:
         """The samples `times` times over, one after the other: B · times of them. A single one takes no memory."""
@@ -79,17 +87,26 @@ class ReferenceCache:
         def again(tensor: Tensor) -> Tensor:
             return tensor.expand(times, *tensor.shape[1:]) if len(self) == 1 else torch.cat([tensor] * times)
 
-        return dataclasses.replace(self._map(again), mask=None if self.mask is None else again(self.mask))
+        return self._map(again, again)
 
     def repeat_interleave(self, times: int) -> ReferenceCache:
         """Every sample `times` times, each next to its own copies."""
         if len(self) == 1:
             return self.repeat(times)
-        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
-        return dataclasses.replace(self._map(lambda tensor: tensor.repeat_interleave(times, 0)), mask=mask)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> ReferenceCache:
-        return dataclasses.replace(self, keys=tuple(map(change, self.keys)), values=tuple(map(change, self.values)))
+        def beside(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(times, 0)
+
+        return self._map(beside, beside)
+
+    def _map(self, change: Callable[[Tensor], Tensor], change_mask: Callable[[Tensor], Tensor]) -> ReferenceCache:
+        return dataclasses.replace(
+            self,
+            keys=tuple(map(change, self.keys)),
+            values=tuple(map(change, self.values)),
+            mask=None if self.mask is None else change_mask(self.mask),
+            null=None if self.null is None else self.null._map(change, change_mask),
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, atomically; an existing one is replaced.
@@ -100,12 +117,13 @@ class ReferenceCache:
         path = Path(path)
         if path.suffix != ".safetensors":
             raise UserError(f"path must end in .safetensors, got {str(path)!r}")
-        tensors = {f"keys.{index}": tensor for index, tensor in enumerate(self.keys)}
-        tensors |= {f"values.{index}": tensor for index, tensor in enumerate(self.values)}
+        tensors = {f"{part}.{index}": item for part in _PARTS for index, item in enumerate(getattr(self, part))}
+        if self.null is not None:
+            tensors |= {f"null_{part}.{i}": item for part in _PARTS for i, item in enumerate(getattr(self.null, part))}
         if self.mask is not None:
             tensors["mask"] = self.mask
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        facts = {name: getattr(self, name) for name in _FIELDS}
+        facts = {name: getattr(self, name) for name in _FIELDS} | ({"grid": self.grid} if self.grid else {})
         with atomic_file(path) as temporary:
             save_tensors(temporary, tensors, {"format": "pt", FORMAT: json.dumps(facts)})
         return path
@@ -123,16 +141,31 @@ class ReferenceCache:
             with safe_open(path, "pt", device=str(device)) as file:
                 facts = _checked(parse_json((file.metadata() or {})[FORMAT]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
-            blocks = (len(tensors) - ("mask" in tensors)) // 2
-            keys, values = (
-                tuple(tensors[f"{part}.{index}"] for index in range(blocks)) for part in ("keys", "values")
-            )
-            return cls(keys, values, tensors.get("mask"), **{name: facts[name] for name in _FIELDS})
+            blocks = sum(name.startswith("keys.") for name in tensors)
+            named: dict[str, Any] = {name: facts[name] for name in _FIELDS}
+            named["grid"] = tuple(facts["grid"]) if "grid" in facts else None
+            cache = cls(*_parts(tensors, blocks), tensors.get("mask"), **named)
+            if "null_keys.0" not in tensors:
+                return cache
+            null = _parts(tensors, blocks, "null_")
+            if [item.shape for part in null for item in part] != [item.shape for item in cache.keys + cache.values]:
+                raise ValueError("other shapes without references than with them")
+            return dataclasses.replace(cache, null=dataclasses.replace(cache, keys=null[0], values=null[1]))
         except FileNotFoundError:
             raise UserError(f"path: {str(path)!r} does not exist") from None
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"path: {str(path)!r} holds no cached references ({reason})") from None
+
+
+def _parts(tensors: dict[str, Tensor], blocks: int, prefix: str = "") -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Keys and values of every block.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    keys, values = (tuple(tensors[f"{prefix}{part}.{index}"] for index in range(blocks)) for part in _PARTS)
+    return keys, values
 
 
 def _checked(facts: Any) -> dict[str, Any]:
@@ -141,8 +174,16 @@ def _checked(facts: Any) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: anything else.
     """
-    if not isinstance(facts, dict) or not isinstance(facts.get("frames"), int) or not 0 < facts["frames"] < 10**6:
+    if not isinstance(facts, dict) or not (facts.get("frames", 0) is None or _is_size(facts.get("frames"))):
         raise ValueError("no number of frames")
-    if not all(isinstance(value, str | int | None) for value in facts.values()):
+    others = {name: value for name, value in facts.items() if name not in ("frames", "grid")}
+    if not all(isinstance(value, str | int | None) for value in others.values()):
         raise ValueError("other facts than it was written with")
+    grid = facts.get("grid", [1, 1])
+    if not isinstance(grid, list) or len(grid) != 2 or not all(map(_is_size, grid)):
+        raise ValueError("no rows and columns")
     return facts
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < _MOST

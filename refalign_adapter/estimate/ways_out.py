@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..media.sizes import Size
+from ..recipes.schema import Recipe
 from .memory import training_memory
 from .setting import Setting, Tell
 
@@ -66,9 +67,19 @@ def _candidates(setting: Setting) -> Iterator[Changes]:
     if recipe.train_batch_size > 1:
         accumulated = recipe.gradient_accumulation_steps * recipe.train_batch_size
         yield {"train_batch_size": 1, "gradient_accumulation_steps": accumulated}
-    if recipe.adapter.attention == "isolated" and recipe.adapter.reference_scale > SMALLER_REFERENCES:
+    if _has_large_references(recipe):
         yield {"adapter.reference_scale": SMALLER_REFERENCES}
     yield from _fewer_frames(setting)
+
+
+def _has_large_references(recipe: Recipe) -> bool:
+    """Whether a smaller share of the video's canvas is a way out; a canvas of its own is the recipe's choice."""
+    adapter = recipe.adapter
+    return (
+        adapter.attention == "isolated"
+        and adapter.reference_size is None
+        and adapter.reference_scale > SMALLER_REFERENCES
+    )
 
 
 def _fewer_frames(setting: Setting) -> Iterator[Changes]:

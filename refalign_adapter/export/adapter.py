@@ -1,4 +1,5 @@
-"""Writing an adapter folder: LoRA weights, `refalign_config.json`, model card. It holds one weights file, its scope's.
+"""Writing an adapter folder: LoRA weights, `refalign_config.json`, model card. It holds one weights file, its scope's;
+one of r 0 holds none.
 
 The weights file holds LoRA keys only, because diffusers' loader refuses any other; see `formats` for its two forms.
 `folder` reads what this writes.
@@ -73,14 +74,15 @@ def save_adapter(
     Raises:
         WriteError: it cannot be written.
     """
-    form = format_of(config)
-    state = adapter_state(transformer, adapter_name)
+    form = format_of(config) if config.r else None
+    state = adapter_state(transformer, adapter_name) if config.r else {}
     config = written_out(config, layers_of(transformer, adapter_name))
     with atomic_folder(folder) as temporary:
-        weights = {form.key(name): tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
-        save_tensors(temporary / form.file_name, weights, file_metadata(config, form))
+        if form is not None:
+            weights = {form.key(name): tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
+            save_tensors(temporary / form.file_name, weights, file_metadata(config, form))
         config.save(temporary)
         (temporary / "README.md").write_text(model_card(config), encoding="utf-8")
-    for name in set(FILE_NAMES) - {form.file_name}:  # of an adapter that was here before
+    for name in set(FILE_NAMES) - {form and form.file_name}:  # of an adapter that was here before
         (Path(folder) / name).unlink(missing_ok=True)
     return Path(folder)

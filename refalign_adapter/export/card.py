@@ -52,7 +52,7 @@ BODY = """\
 {front}
 # Reference-to-video adapter{for_base}
 
-A LoRA that lets a frozen text-to-video transformer take reference images: give a prompt and pictures of the subjects,
+{what}: give a prompt and pictures of the subjects,
 get a video in which they are to appear. The method is RefAlign (arXiv 2603.25743); the vision encoders and projectors
 that it trains with are not part of the adapter and are not needed to use it.
 
@@ -70,8 +70,7 @@ three times; twice when one of the two guidance scales is 1 or both are equal, o
 
 {table}
 
-Written out in `refalign_config.json`; the LoRA's own fields are in the metadata of
-`{file_name}` too.
+{written}
 
 ## Limits
 
@@ -79,6 +78,21 @@ Written out in `refalign_config.json`; the LoRA's own fields are in the metadata
 - No evaluation is recorded in this card.
 """
 
+WHAT = {
+    True: "A LoRA that lets a frozen text-to-video transformer take reference images",
+    False: "How reference images reach a text-to-video transformer that was trained whole to take them",
+}
+"""Whether there is a LoRA -> what the adapter is."""
+WRITTEN = """\
+Written out in `refalign_config.json`; the LoRA's own fields are in the metadata of
+`{file_name}` too."""
+WRITTEN_ALONE = (
+    "Written out in `refalign_config.json`, which is all of it: there is no LoRA (r 0) and no file of weights."
+)
+BARE_LIMITS = (
+    "It holds no weights: references mean something only to the base that was trained with it, and of several bases "
+    "of its shape nothing in the file tells which one that is.",
+)
 SCOPE_LIMITS = {
     "all": ("It changes the base: with the adapter loaded, videos without references differ from the base's.",),
     "reference": (
@@ -108,9 +122,10 @@ def model_card(config: RefAlignConfig, adapter: str = ".") -> str:
         front=_front_matter(config, base),
         for_base=f" for {base}" if base else "",
         usage=USAGE.format(base=base or UNKNOWN_BASE, adapter=adapter),
-        stock_usage=STOCK_USAGE.format(adapter=adapter) if config.lora_scope == "all" else "",
+        stock_usage=STOCK_USAGE.format(adapter=adapter) if _is_stock(config) else "",
+        what=WHAT[config.r > 0],
         table=_table(config),
-        file_name=format_of(config).file_name,
+        written=WRITTEN.format(file_name=format_of(config).file_name) if config.r else WRITTEN_ALONE,
         limits="\n".join(f"- {line}" for line in _limits(config)),
     )
 
@@ -118,7 +133,12 @@ def model_card(config: RefAlignConfig, adapter: str = ".") -> str:
 def _limits(config: RefAlignConfig) -> list[str]:
     facts = ", ".join(f"{name} {value}" for name, value in config.base.items()) or "the one it was trained on"
     lines = [f"It fits bases of one shape only: {facts}. Others are refused."]
-    return [*lines, *SCOPE_LIMITS[config.lora_scope], COSTS[config.attention]]
+    return [*lines, *(SCOPE_LIMITS[config.lora_scope] if config.r else BARE_LIMITS), COSTS[config.attention]]
+
+
+def _is_stock(config: RefAlignConfig) -> bool:
+    """Whether diffusers' own loader takes the LoRA."""
+    return config.lora_scope == "all" and config.r > 0
 
 
 def _hub_id(name: str | None) -> str | None:
@@ -128,7 +148,7 @@ def _hub_id(name: str | None) -> str | None:
 
 def _front_matter(config: RefAlignConfig, base: str | None) -> str:
     """What the Hub reads. `diffusers` and `lora` make it show how to load the repository with diffusers alone."""
-    family, stock = config.base.get("family"), config.lora_scope == "all"
+    family, stock = config.base.get("family"), _is_stock(config)
     values: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
         "library_name": "diffusers" if stock else "refalign-adapter",
@@ -143,14 +163,14 @@ def _front_matter(config: RefAlignConfig, base: str | None) -> str:
 
 
 def _table(config: RefAlignConfig) -> str:
-    modules, layers = config.target_modules, config.align_layers
+    layers = config.align_layers
     rows = {
         "attention": config.attention,
-        "LoRA scope": config.lora_scope,
+        **({"LoRA scope": config.lora_scope} if config.r else {}),
         **_reference_rows(config),
+        **_dropped_rows(config),
         "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "target modules": f"`{modules}`" if isinstance(modules, str) else ", ".join(modules or ("the family's own",)),
+        **(_lora_rows(config) if config.r else {}),
         "aligned blocks": f"the first {layers}" if isinstance(layers, int) else ", ".join(map(str, layers)),
         "teachers": ", ".join(_teacher_name(name) for name in config.teachers) or "none",
         "text tokens": config.max_sequence_length,
@@ -159,14 +179,30 @@ def _table(config: RefAlignConfig) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
 
+def _lora_rows(config: RefAlignConfig) -> dict[str, Any]:
+    modules = config.target_modules
+    return {
+        "lora_alpha": config.lora_alpha,
+        "target modules": f"`{modules}`" if isinstance(modules, str) else ", ".join(modules or ("the family's own",)),
+    }
+
+
+def _dropped_rows(config: RefAlignConfig) -> dict[str, Any]:
+    zeros = config.null_reference == "zeros"
+    return {"in place of dropped references": "latents of zero"} if zeros else {}
+
+
 def _reference_rows(config: RefAlignConfig) -> dict[str, Any]:
-    """What only isolated references have."""
+    """What only references of one attention have."""
     if config.attention != "isolated":
-        return {}
-    frame, scale = config.reference_frame, config.reference_scale
+        return {"references' timestep": "0"} if config.reference_timestep == "clean" else {}
+    frame, scale, size = config.reference_frame, config.reference_scale, config.reference_size
+    share = "the video's" if scale == 1 else f"{scale:g} of the video's height and width"
+    beyond = config.reference_place == "beyond"
     return {
         "first reference's frame": "the one after the video" if frame is None else frame,
-        "reference canvas": "the video's" if scale == 1 else f"{scale:g} of the video's height and width",
+        **({"references' rows and columns": "begin where the video's end"} if beyond else {}),
+        "reference canvas": share if size is None else f"{size[0]} x {size[1]} pixels (height x width)",
         "white padding": "left out" if config.drop_background else "kept",
     }
 

@@ -34,7 +34,7 @@ class AdapterFolder:
     Attributes:
         path: the folder.
         config: what `refalign_config.json` says, with the layers' names in place of regular expressions.
-        form: the weights file's.
+        form: the weights file's; with r 0 there is no such file.
         shapes: PEFT's name of every weight -> its shape in the file.
     """
 
@@ -70,7 +70,7 @@ class AdapterFolder:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights under PEFT's names, on the CPU.
+        """The weights under PEFT's names, on the CPU; none with r 0.
 
         Raises:
             UserError: a damaged file, or numbers that are not finite, which would only show in the finished video.
@@ -78,6 +78,8 @@ class AdapterFolder:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if self.config.r == 0:
+            return {}
         try:
             state = {self.form.name(key): tensor for key, tensor in load_file(self.weights).items()}
         except (SafetensorError, OSError) as error:
@@ -111,10 +113,11 @@ def open_adapter(source: str | Path, *, revision: str | None = None, token: str 
     values = read_values(path / CONFIG_NAME)
     config = RefAlignConfig.from_dict(values, source=str(path / CONFIG_NAME))
     _check_files(path, str(source), config, there)
-    form = format_of(config)
-    shapes, metadata = _read_header(path / form.file_name, form)
-    _check_facts(path / form.file_name, metadata, config)
-    _check_lora_metadata(path / form.file_name, metadata.get(form.metadata_key), config)
+    form, shapes = format_of(config), {}
+    if config.r:
+        shapes, metadata = _read_header(path / form.file_name, form)
+        _check_facts(path / form.file_name, metadata, config)
+        _check_lora_metadata(path / form.file_name, metadata.get(form.metadata_key), config)
     if not config.base:
         raise ConfigError(["base must say which base the adapter fits, got nothing"], str(path / CONFIG_NAME))
     return AdapterFolder(path, _without_patterns(config, shapes, path), form, shapes)
@@ -147,7 +150,14 @@ def _refuse_without_config(source: str, there: list[str], said: str | None) -> N
 
 
 def _check_files(path: Path, source: str, config: RefAlignConfig, there: list[str]) -> None:
-    """The one weights file of the scope, and no other."""
+    """The one weights file of the scope, and no other; none at all with r 0."""
+    if config.r == 0:
+        if there:
+            raise UserError(
+                f"adapter: {source!r} holds {' and '.join(there)}, but {CONFIG_NAME} says r 0, an adapter without "
+                "weights; delete what does not belong to it, or put back the configuration that belongs to the weights"
+            )
+        return
     scope, wanted = config.lora_scope, format_of(config).file_name
     if there == [wanted]:
         return

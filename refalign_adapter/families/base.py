@@ -33,7 +33,7 @@ class Family(ABC):
         transformer_classes: names of the diffusers classes it covers.
         pipeline_class: name of the diffusers text-to-video pipeline class.
         max_text_tokens: of a prompt at most; what is longer is cut by the family's own pipeline or was never trained.
-        video_argument: name of the transformer's forward argument for latents.
+        video_argument, timestep_argument: names of the transformer's forward arguments for latents and timesteps.
         text_arguments: names of those that hold what the text encoder made of a prompt.
     """
 
@@ -42,6 +42,7 @@ class Family(ABC):
     pipeline_class: str
     max_text_tokens: int = 512
     video_argument: str = "hidden_states"
+    timestep_argument: str = "timestep"
     text_arguments: tuple[str, ...] = ("encoder_hidden_states",)
 
     @abstractmethod
@@ -86,9 +87,11 @@ class Family(ABC):
         """The module that makes rotary embeddings of the latents it is called with."""
 
     @abstractmethod
-    def rotary_at(self, transformer: Any, latents: Tensor, frames: Tensor, length: int) -> Any:
-        """What that module returns, for one-frame latents (R, C, 1, H, W) at temporal indices `frames` (R,), all below
-        `length`; their values are not read, so that a GPU is not waited for."""
+    def rotary_at(self, transformer: Any, latents: Tensor, frames: Tensor, corner: tuple[int, int] = (0, 0)) -> Any:
+        """What that module returns, for one-frame latents (R, C, 1, H, W) whose temporal indices are `frames` (R,) and
+        whose rows and columns of tokens begin at `corner`; from -1 on and however large.
+
+        The values of `frames` are not read, so that a GPU is not waited for."""
 
     @abstractmethod
     def hidden_size(self, transformer: Any) -> int:
@@ -109,6 +112,23 @@ class Family(ABC):
     @abstractmethod
     def forward_arguments(self, latents: Tensor, sigmas: Tensor, text: Tensor) -> dict[str, Any]:
         """Keyword arguments of the transformer: latents (B, C, F, H, W), sigmas (B,) in [0, 1], text (B, S, D)."""
+
+    def clean_references(self, timestep: Tensor, batch: int, tokens: int, references: int) -> Tensor:
+        """The timestep argument of a call whose references are at timestep 0, in joint attention.
+
+        Args:
+            timestep: as it was given.
+            batch: B.
+            tokens: of the video, first in the sequence.
+            references: tokens of the references, after them.
+
+        Raises:
+            UserError: this family takes one timestep per sample only.
+        """
+        raise UserError(
+            f"reference_timestep: {self.key!r} takes one timestep per sample, which references share with the video; "
+            "use 'video'"
+        )
 
     @abstractmethod
     def load_transformer(self, name: str, **options: Any) -> nn.Module:

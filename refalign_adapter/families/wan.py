@@ -5,6 +5,7 @@ Shape letters: B batch, C latent channels, F latent frames, H and W latent heigh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ..flow import TIMESTEPS
 from .base import Family, loading_options
 
 EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+THETA = 10_000.0
+"""Base of the rotary angles; no configuration of the model changes it."""
 
 
 class WanFamily(Family):
@@ -73,12 +76,25 @@ class WanFamily(Family):
     def rotary_embedding(self, transformer: Any) -> nn.Module:
         return transformer.rope
 
-    def rotary_at(self, transformer: Any, latents: Tensor, frames: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        longer = latents[:1].expand(
-            -1, -1, length * transformer.config.patch_size[0], -1, -1
-        )  # its shape counts alone
-        cosine, sine = (part.unflatten(1, (length, -1))[0] for part in transformer.rope.forward(longer))
-        return cosine[frames], sine[frames]
+    def rotary_at(
+        self, transformer: Any, latents: Tensor, frames: Tensor, corner: tuple[int, int] = (0, 0)
+    ) -> tuple[Tensor, Tensor]:
+        rope, (_, patch_rows, patch_columns) = transformer.rope, transformer.config.patch_size
+        rows = torch.arange(latents.shape[3] // patch_rows, device=frames.device) + corner[0]
+        columns = torch.arange(latents.shape[4] // patch_columns, device=frames.device) + corner[1]
+        angles = (
+            _angles(frames, rope.t_dim)[:, None, None],
+            _angles(rows, rope.h_dim)[None, :, None],
+            _angles(columns, rope.w_dim)[None, None],
+        )
+
+        def table(function: Callable[[Tensor], Tensor]) -> Tensor:
+            # float32 in between, as in the model's own table, whatever type that was cast to since
+            parts = [function(part).repeat_interleave(2, -1).float().to(rope.freqs_cos.dtype) for part in angles]
+            parts = [part.expand(len(frames), len(rows), len(columns), -1) for part in parts]
+            return torch.cat(parts, -1).flatten(1, 2).unsqueeze(2)
+
+        return table(torch.cos), table(torch.sin)
 
     def text_width(self, transformer: Any) -> int:
         return transformer.config.text_dim
@@ -102,6 +118,10 @@ class WanFamily(Family):
             "encoder_hidden_states": text,
             "return_dict": False,
         }
+
+    def clean_references(self, timestep: Tensor, batch: int, tokens: int, references: int) -> Tensor:
+        of_video = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1).expand(batch, tokens)
+        return torch.cat([of_video, of_video.new_zeros(batch, references)], 1)
 
     def load_transformer(self, name: str, **options: Any) -> nn.Module:
         from diffusers import WanTransformer3DModel
@@ -149,6 +169,13 @@ class WanFamily(Family):
     def flow_shift(self, scheduler: Any) -> float:
         config = scheduler.config
         return float(config.get("flow_shift") or config.get("shift") or 1.0)
+
+
+def _angles(positions: Tensor, channels: int) -> Tensor:
+    """(n, channels / 2) rotary angles at positions (n,): computed, as the model's table has none below 0."""
+    dtype = torch.float32 if positions.device.type == "mps" else torch.float64
+    turns = torch.arange(0, channels, 2, dtype=dtype, device=positions.device) / channels
+    return torch.outer(positions.to(dtype), 1.0 / (THETA**turns))
 
 
 def _self_attention_inputs(

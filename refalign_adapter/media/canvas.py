@@ -8,6 +8,7 @@ Shape letters: H and W height and width in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,22 +24,43 @@ NEARLY_WHITE = 250
 """Lossy files do not keep a white margin at 255."""
 
 
-def reference_size(height: int, width: int, scale: float, multiples: tuple[int, int]) -> tuple[int, int]:
+def reference_size(
+    height: int, width: int, scale: float, multiples: tuple[int, int], fixed: Sequence[int] | None = None
+) -> tuple[int, int]:
     """Height and width in pixels of the canvas that a reference is placed on.
 
     Args:
         height, width: of the video in pixels.
         scale: the canvas's share of them, in (0, 1].
         multiples: pixel rows and columns that make one token, see `Family.size_multiples`.
+        fixed: height and width that it has whatever the video's, see `fixed_size_problems`; None: it has that share.
 
     Returns:
         The nearest size that can be cut into tokens, at least one of them.
     """
+    if fixed is not None:
+        return fixed[0], fixed[1]
 
     def nearest(side: int, multiple: int) -> int:
         return max(1, round(side * scale / multiple)) * multiple
 
     return nearest(height, multiples[0]), nearest(width, multiples[1])
+
+
+def fixed_size_problems(fixed: Sequence[int] | None, multiples: tuple[int, int]) -> Iterator[str]:
+    """Why a base cannot cut a reference's own canvas into tokens, in one line; nothing when it can.
+
+    Args:
+        fixed: `RefAlignConfig.reference_size`, height and width in pixels, or None.
+        multiples: as in `reference_size`.
+    """
+    if fixed is None or not any(side % multiple for side, multiple in zip(fixed, multiples, strict=True)):
+        return
+    near = [max(1, round(side / multiple)) * multiple for side, multiple in zip(fixed, multiples, strict=True)]
+    yield (
+        f"reference_size must be a multiple of what a token covers, {list(multiples)} pixels, got {list(fixed)}; "
+        f"try {near}"
+    )
 
 
 def content_tokens(canvas: Image.Image | np.ndarray, rows: int, columns: int) -> np.ndarray:

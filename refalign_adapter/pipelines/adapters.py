@@ -69,6 +69,13 @@ class NamedAdapters:
             adapter_names: one or several, with at most one reference adapter where references are to be given.
             adapter_weights: one for all, or one each; None: 1.
         """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        bare = [name for name, branch in branches_of(self.transformer).items() if branch.config.r == 0]
+        if given := [name for name in bare if name in names]:
+            raise UserError(
+                f"set_adapters: {given[0]!r} holds no LoRA (r 0): it has no weight and is on as long as it is loaded; "
+                "leave it out"
+            )
         with _trainable_kept(self.transformer):
             super().set_adapters(adapter_names, adapter_weights)  # type: ignore[misc]  # of diffusers' LoRA mixin
 

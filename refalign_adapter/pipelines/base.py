@@ -47,7 +47,8 @@ class ReferencePipeline(NamedAdapters):
         """Run references through the transformer once, for any number of `pipe(prompt, reference_cache=...)`.
 
         Keys and values depend on no prompt, seed, number of steps or scale (isolated attention). They do on the
-        adapter, its weight and the base and, unless the adapter has a `reference_frame`, on `num_frames`.
+        adapter, its weight and the base; unless the adapter has a `reference_frame`, on `num_frames`; and with
+        `reference_place` "beyond" on `height` and `width`.
 
         Args:
             images: as `reference_images` of a call. One list of images serves any prompts; a list of such lists as
@@ -108,7 +109,8 @@ class ReferencePipeline(NamedAdapters):
         if groups is None:
             return None
         config, (_, rows, columns) = self._reference_branch().config, self._multiples()
-        height, width = reference_size(height, width, config.reference_scale, (rows, columns))
+        scale, fixed = config.reference_scale, config.reference_size
+        height, width = reference_size(height, width, scale, (rows, columns), fixed)
         grid = (height // rows, width // columns) if config.drop_background else None
         return load_canvases(groups, height, width, grid)
 
@@ -120,21 +122,31 @@ class ReferencePipeline(NamedAdapters):
             return self._read_references(images, prompts, *size[1:])
         if images is not None:
             raise UserError(f"{FIELD}: give either {FIELD} or reference_cache, which was made of some")
-        return self._check_cache(cache, prompts, size[0])
+        return self._check_cache(cache, prompts, size)
 
-    def _check_cache(self, cache: Any, prompts: int, frames: int) -> ReferenceCache:
+    def _check_cache(self, cache: Any, prompts: int, size: tuple[int, int, int]) -> ReferenceCache:
         """Refuse cached references that are for something else."""
         if not isinstance(cache, ReferenceCache):
             raise UserError(
                 f"reference_cache: expected what encode_references returns, got {type(cache).__name__}; "
                 "ReferenceCache.load(path) reads a saved one"
             )
-        self._reference_branch().references(cache)  # checks adapter and base
-        wanted = (frames - 1) // self._multiples()[0] + 1
+        branch = self._reference_branch()
+        branch.references(cache)  # checks adapter and base
+        if cache.null is None and branch.config.null_reference == "zeros":
+            raise UserError("reference_cache: made without what passes without references read; encode them again")
+        (frames, height, width), (time, rows, columns) = size, self._multiples()
+        wanted = (frames - 1) // time + 1
         if cache.frames not in (None, wanted):
             raise UserError(
                 f"reference_cache: made for videos of {cache.frames} latent frames, num_frames {frames} gives "
                 f"{wanted}; call encode_references(..., num_frames={frames})"
+            )
+        if cache.grid not in (None, (height // rows, width // columns)):
+            made = f"{cache.grid[0] * rows} x {cache.grid[1] * columns}"
+            raise UserError(
+                f"reference_cache: made for videos of {made} pixels (height x width), this one has {height} x {width};"
+                f" call encode_references(..., height={height}, width={width})"
             )
         if len(cache) not in (1, prompts):
             raise UserError(
@@ -200,11 +212,16 @@ class ReferencePipeline(NamedAdapters):
         latents = self._encode_canvases(references).to(device, self.transformer.dtype)
         mask = None if references.mask.all() else references.mask.to(device)  # some attention kernels take no mask
         if branch.config.attention == "joint":
-            return EncodedReferences(latents, mask)
-        latent_frames = (size[0] - 1) // self._multiples()[0] + 1
+            return EncodedReferences(latents, mask, zeros=branch.config.null_reference == "zeros")
+        time, rows, columns = self._multiples()
+        _, patch_rows, patch_columns = branch.family.patch_size(self.transformer)
+        of_video = {
+            "frames": (size[0] - 1) // time + 1,
+            "size": (size[1] // rows * patch_rows, size[2] // columns * patch_columns),
+        }
         # Once per video, compiled blocks would only get further graphs, one for each number of references.
         with prefill_context(self.transformer), torch.compiler.set_stance("force_eager"):
-            cache = branch.encode_references(latents, mask, references.tokens, frames=latent_frames)
+            cache = branch.encode_references(latents, mask, references.tokens, **of_video)
         assert cache is not None, "groups without an image are None before"
         return EncodedReferences(cache)
 

@@ -51,12 +51,13 @@ def _check_company(transformer: Any, names: list[str]) -> None:
     """
     active = active_adapters(transformer)
     for name, branch in branches_of(transformer).items():
-        if branch.merged or name not in active:
+        bare = branch.config.r == 0  # no LoRA to be silenced, and references that go through the weights all the same
+        if branch.merged or (name not in active and not bare):
             continue
         others = [other for other in names if other != name]
         # In reference scope references are refused for as long, see `ReferenceBranch`, and caches of them are not.
-        silenced = name not in names and branch.config.lora_scope == "all"
-        if others and (silenced or (name in names and branch.config.attention == "isolated")):
+        silenced = not bare and name not in names and branch.config.lora_scope == "all"
+        if others and (silenced or ((bare or name in names) and branch.config.attention == "isolated")):
             effect = "keep it from acting" if silenced else "act on references too"
             raise UserError(
                 f"fuse_lora: {others} fused beside the reference adapter {name!r} would {effect}; leave them unfused, "

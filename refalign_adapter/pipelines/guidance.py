@@ -16,7 +16,8 @@ This is a weighted sum of predictions; a pass whose weight is 0 is not run. That
 Without references it is classifier-free guidance by s_txt, in two passes or, at 1, in one; s_img plays no part.
 
 Guidance can be left to an interval of the steps (Kynkäänniemi et al., arXiv 2404.07724); the others run ε(text,ref)
-alone. With an adapter that acts on references alone, ε(∅,∅) and ε(text,∅) are the base model's own.
+alone. With an adapter that acts on references alone, ε(∅,∅) and ε(text,∅) are the base model's own; with one whose
+`null_reference` is "zeros", latents of zero stand for the references in both, as in the paper's released code.
 """
 
 from __future__ import annotations

@@ -187,9 +187,9 @@ class GuidedCalls:
             yield
 
     def _riding(self, call: Call) -> AbstractContextManager[None]:
-        if self.references is None or not call[0].references:
+        given = None if self.references is None else self.references.for_call(call)
+        if given is None:
             return self.pipe._loaded_branch().references(None)
-        given = self.references.for_passes(len(call))
         return self.pipe._reference_branch().references(given.given, given.mask)
 
 

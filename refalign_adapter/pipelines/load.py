@@ -10,9 +10,11 @@ from typing import Any
 from ..branch.attach import ADAPTER_NAME, ReferenceBranch, branches_of, fit_config, switched_on
 from ..branch.lora import active_adapters, remove_lora, restore_trainable, trainable_state
 from ..branch.lora_scope import lora_layers
+from ..config import RefAlignConfig
 from ..errors import UserError, shorten
 from ..export.folder import open_adapter
 from ..families.base import Family, load_family
+from ..media.canvas import fixed_size_problems
 from .adapters import switch_on
 from .merge import HOOKED, MERGED, merged_into
 from .reference_class import build_pipeline
@@ -63,20 +65,24 @@ def load_adapter(
     transformer = pipe.transformer
     _, config = fit_config(transformer, folder.config)
     check_fits(transformer, family, folder)
+    for problem in fixed_size_problems(config.reference_size, _multiples(pipe, family)):
+        raise UserError(f"adapter: {problem}")
+    _check_beside(transformer, config, adapter_name)
     state = folder.tensors()
     digest = weights_digest(state)
-    inside = _is_inside(transformer, digest)
+    inside = bool(config.r) and _is_inside(transformer, digest)
+    adds = bool(config.r) and not inside
     made = build_pipeline(pipe)
     trainable, active = trainable_state(transformer), active_adapters(transformer)
     older = [branch.adapter_name for branch in switched_on(transformer)]
     try:
-        if not inside:
+        if adds:
             load_weights(transformer, folder, state, adapter_name, pipe)
             switch_on(transformer, [*(name for name in active if name not in older), adapter_name])
         transformer.requires_grad_(False)
         branch = ReferenceBranch(transformer, config, family, adapter_name)
     except BaseException:
-        if not inside:
+        if adds:
             remove_lora(transformer, adapter_name)
         if active:
             transformer.set_adapter(active)
@@ -130,6 +136,23 @@ def _check_pipeline(pipe: Any, adapter_name: str) -> Family:
     return family
 
 
+def _multiples(pipe: Any, family: Family) -> tuple[int, int]:
+    """Pixel rows and columns that make one token."""
+    _, rows, columns = family.size_multiples(pipe, family.patch_size(pipe.transformer))
+    return rows, columns
+
+
+def _check_beside(transformer: Any, config: RefAlignConfig, adapter_name: str) -> None:
+    """Refuse a second reference adapter where one of them cannot be switched off."""
+    there = {name: branch.config for name, branch in branches_of(transformer).items()}
+    bare = [name for name, other in {**there, adapter_name: config}.items() if other.r == 0]
+    if there and bare:
+        raise UserError(
+            f"pipe: adapter {bare[0]!r} holds no LoRA (r 0) and is on as long as it is loaded, so that no other can "
+            f"be beside it; delete_adapters({list(there)}) first"
+        )
+
+
 def _check_name(transformer: Any, name: Any) -> None:
     """Refuse a name by which the LoRA's parameters could not be told from others."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -159,6 +182,8 @@ def _describe_changes(branch: ReferenceBranch, older: list[str]) -> tuple[str, .
     name = branch.adapter_name
     if branch.merged:
         return (MERGED, *HOOKED)
+    if branch.config.r == 0:
+        return (f"Adapter {name!r} holds no LoRA: the transformer's weights are its base's own.", *HOOKED)
     layers = sum(name in getattr(module, "lora_A", ()) for module in branch.transformer.modules())
     lora = f"The transformer has a LoRA named {name!r} on {layers} layers, switched on"
     if branch.config.lora_scope == "reference":

@@ -55,6 +55,8 @@ def merge_and_unload(pipe: Any, *, requantize: bool = False) -> Any:
     if not any(getattr(module, "merged_adapters", ()) for module in transformer.modules()):
         transformer.fuse_lora()
     transformer.unload_lora()
+    if branch.config.r == 0:  # other LoRAs were merged; this adapter goes on beside the weights
+        return pipe
     branch.merged = True
     transformer.register_to_config(**{CONFIG_KEY: [*merged_into(transformer), branch.weights_digest]})
     pipe.changes = (MERGED, *HOOKED)

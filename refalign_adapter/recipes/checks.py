@@ -22,6 +22,7 @@ Problem = tuple[tuple[str, ...], str]
 def cross_field_problems(recipe: Recipe) -> Iterator[Problem]:
     """What is wrong between fields that are each valid by themselves."""
     yield from _part_problems("adapter", lambda: _checked(recipe.adapter_config()))
+    yield from _lora_problems(recipe)
     yield from _part_problems("alignment", recipe.alignment_schedule)
     yield from _optimizer_problems(recipe)
     yield from _length_problems(recipe)
@@ -45,15 +46,24 @@ def _checked(config: RefAlignConfig) -> None:
         raise ConfigError(problems)
 
 
+def _lora_problems(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.adapter.r == 0:
+        yield (
+            ("adapter.r",),
+            "adapter.r must be at least 1 to train, got 0: an adapter without LoRA has nothing to train; it is for a "
+            "base that was trained whole",
+        )
+
+
 def _dropout_problems(recipe: Recipe) -> Iterator[Problem]:
     shares = asdict(recipe.dropout_shares())
     if (total := sum(shares.values())) > 1:
         listed = " + ".join(f"{name} {share}" for name, share in shares.items())
         yield ("dropout",), f"dropout: the shares must sum to at most 1, got {listed} = {total:g}"
-    for name in ("references", "both") if recipe.adapter.lora_scope == "reference" else ():
+    for name in ("references", "both") if recipe.adapter.without_references_is_base else ():
         if shares[name]:
             yield (
-                (f"dropout.{name}", "adapter.lora_scope"),
+                (f"dropout.{name}", "adapter.lora_scope", "adapter.null_reference"),
                 f"dropout.{name} must be 0 with adapter.lora_scope='reference', got {shares[name]}; leave it out: "
                 "without references that LoRA is the base itself, and the step would train nothing",
             )

@@ -52,10 +52,25 @@ class AdapterSection(Section):
         default="all", description="tokens the LoRA acts on: all, or reference (with isolated attention)"
     )
     reference_frame: int | None = Field(
-        default=None, description="temporal index of the first reference; null = after the video's frames"
+        default=None, description="temporal index of the first reference, from -1 on; null = after the video's frames"
+    )
+    reference_place: str = Field(
+        default="origin",
+        description="where a reference's rows and columns begin: origin = at 0, beyond = where the video's end",
     )
     reference_scale: float = Field(
         default=1.0, description="height and width of a reference's canvas as a share of the video's, in (0, 1]"
+    )
+    reference_size: list[int] | None = Field(
+        default=None,
+        description="[height, width] of a reference's canvas in pixels, in place of reference_scale; null = a share",
+    )
+    reference_timestep: str = Field(
+        default="video", description="timestep of references in joint attention: video = the video's, clean = 0"
+    )
+    null_reference: str = Field(
+        default="absent",
+        description="what stands for dropped references, here and in guidance: absent = nothing, zeros = zero latents",
     )
     drop_background: bool = Field(default=False, description="leave out reference tokens that show only white padding")
     r: int = Field(default=64, description="LoRA rank")
@@ -73,6 +88,11 @@ class AdapterSection(Section):
         default=[DEFAULT_TEACHER], description="frozen vision encoders, one projector head each"
     )
     max_sequence_length: int = Field(default=512, description="text tokens that prompts are padded to")
+
+    @property
+    def without_references_is_base(self) -> bool:
+        """Whether a step whose references are dropped trains nothing, as the base alone answers it."""
+        return self.lora_scope == "reference" and self.null_reference == "absent"
 
 
 class AlignmentSection(Section):
@@ -115,11 +135,10 @@ class DropoutSection(Section):
     text: Share | None = Field(default=None, description="share of samples without their text; null = 0.1")
     references: Share | None = Field(
         default=None,
-        description="share of samples without their references; null = 0.1, or 0 with adapter.lora_scope=reference",
+        description="share of samples without their references; null = 0.1, or 0 with adapter.lora_scope=reference "
+        "and adapter.null_reference=absent",
     )
-    both: Share | None = Field(
-        default=None, description="share of samples without either; null = 0.1, or 0 with adapter.lora_scope=reference"
-    )
+    both: Share | None = Field(default=None, description="share of samples without either; null = as for references")
 
 
 @dataclass(frozen=True)
@@ -314,11 +333,11 @@ class Recipe(Section):
     def dropout_shares(self) -> DropoutShares:
         """The shares of dropped conditions, with those that are not given filled in.
 
-        A LoRA on references alone leaves the base itself as the model without references: a step whose references are
-        dropped would train nothing.
+        A LoRA on references alone leaves the base itself as the model without references, where nothing stands for
+        those: a step whose references are dropped would train nothing.
         """
         section, default = self.dropout, 0.1
-        without = 0.0 if self.adapter.lora_scope == "reference" else default
+        without = 0.0 if self.adapter.without_references_is_base else default
         return DropoutShares(
             text=default if section.text is None else section.text,
             references=without if section.references is None else section.references,

@@ -46,6 +46,23 @@ class StepOptions:
     timestep_gate: float | None = None
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What the transformer sees of a batch's conditions.
+
+    Attributes:
+        text: (B, S, D).
+        references: (B, C, M, H', W') latents.
+        mask: (B, M) bool, True where one of them rides along.
+        aligned: (B, M) bool, True where it is one of the batch's own, to be aligned.
+    """
+
+    text: Tensor
+    references: Tensor
+    mask: Tensor
+    aligned: Tensor
+
+
 class TrainingStep(nn.Module):
     """Transformer, branch and projectors as the one module that accelerate wraps.
 
@@ -84,9 +101,9 @@ class TrainingStep(nn.Module):
             sigmas: (B,) in [0, 1], instead of drawn ones.
             noise: of the latents' shape, likewise.
         """
-        text, mask = batch.text, batch.mask
+        shown = Shown(batch.text, batch.references, batch.mask, batch.mask)
         if drop_conditions:
-            text, mask = self._drop_conditions(batch, empty_text, generator)
+            shown = self._drop_conditions(batch, empty_text, generator)
         if noise is None:
             noise = torch.randn(batch.latents.shape, generator=generator)
         noise = noise.to(batch.latents.device)
@@ -97,10 +114,10 @@ class TrainingStep(nn.Module):
 
         dtype = self.transformer.dtype
         arguments = self.branch.family.forward_arguments(
-            interpolate(latents, noise, sigmas).to(dtype), sigmas, text.to(dtype)
+            interpolate(latents, noise, sigmas).to(dtype), sigmas, shown.text.to(dtype)
         )
         self.branch.capture = self.projectors is not None and alignment_weight > 0
-        with self.branch.references(batch.references.to(dtype), mask, tokens=batch.tokens):
+        with self.branch.references(shown.references.to(dtype), shown.mask, tokens=batch.tokens):
             prediction = self.transformer(**arguments)[0]
         flow = flow_loss(prediction, velocity_target(latents, noise)).mean()
 
@@ -108,7 +125,7 @@ class TrainingStep(nn.Module):
         self.branch.clear()
         output = StepOutput(loss=flow, flow=flow.detach())
         if features:
-            output.loss = flow + alignment_weight * self._align(features, batch, mask, sigmas, output)
+            output.loss = flow + alignment_weight * self._align(features, batch, shown.aligned, sigmas, output)
         else:  # every process must have a gradient for every parameter
             output.loss = flow + 0.0 * sum(parameter.sum() for parameter in self._left_out(prediction))
         return output
@@ -122,8 +139,8 @@ class TrainingStep(nn.Module):
             left_out += [parameter for _, parameter in self.branch.named_parameters()]
         return left_out
 
-    def _drop_conditions(self, batch: Batch, empty_text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Text with dropped prompts replaced by the empty one, and the mask without dropped references."""
+    def _drop_conditions(self, batch: Batch, empty_text: Tensor, generator: torch.Generator) -> Shown:
+        """Dropped prompts are replaced by the empty one, dropped references by what the adapter has in their place."""
         options = self.options
         draw = torch.rand(len(batch.keys), generator=generator).to(batch.mask.device)
         only_text = draw < options.text_dropout
@@ -131,7 +148,13 @@ class TrainingStep(nn.Module):
         none = ~only_text & ~only_references
         both = none & (draw < options.text_dropout + options.reference_dropout + options.both_dropout)
         text = torch.where((only_text | both)[:, None, None], empty_text.to(batch.text), batch.text)
-        return text, batch.mask & ~(only_references | both)[:, None]
+        dropped = only_references | both
+        kept = batch.mask & ~dropped[:, None]
+        if self.branch.config.null_reference == "absent":
+            return Shown(text, batch.references, kept, kept)
+        zeros = torch.zeros((), dtype=batch.references.dtype, device=batch.references.device)
+        references = torch.where(dropped.to(zeros.device)[:, None, None, None, None], zeros, batch.references)
+        return Shown(text, references, batch.mask, kept)
 
     def _draw_sigmas(self, batch: int, generator: torch.Generator) -> Tensor:
         options = self.options

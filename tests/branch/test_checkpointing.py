@@ -20,14 +20,21 @@ CONFIG = {
 }
 
 
-MODES = [("joint", "all", 2), ("isolated", "reference", 2), ("isolated", "all", 2), ("isolated", "reference", 3)]
+MODES = [
+    ("joint", "all", 2),
+    ("isolated", "reference", 2),
+    ("isolated", "all", 2),
+    ("isolated", "reference", 3),
+    ("joint", "all", 2, ("reference_timestep", "clean")),
+    ("isolated", "reference", 2, ("reference_place", "beyond"), ("reference_frame", -1)),
+]
 
 
 def build(mode=MODES[0]):
-    attention, scope, layers = mode
+    attention, scope, layers, *fields = mode
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(**CONFIG).double()
-    config = ra.RefAlignConfig(attention=attention, lora_scope=scope, r=4, align_layers=layers)
+    config = ra.RefAlignConfig(attention=attention, lora_scope=scope, r=4, align_layers=layers, **dict(fields))
     branch = ra.attach(transformer, config, seed=0)
     for name, parameter in branch.named_parameters():
         parameter.data = parameter.data.double()

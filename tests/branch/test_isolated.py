@@ -61,11 +61,13 @@ def merged(transformer, branch, adapted):
     return plain
 
 
-def written_out(model, video, timestep, text, *, first_frame=0, read=None, keep=None, crosses=True):
+def written_out(model, video, timestep, text, *, first_frame=0, corner=(0, 0), read=None, keep=None, crosses=True):
     """The definition: one sample through all blocks; returns the output, each block's keys and values, its tokens."""
     frames, rows, columns = video.shape[2], video.shape[3] // 2, video.shape[4] // 2
-    cosine, sine = model.rope(video.new_zeros(1, C, first_frame + frames, *video.shape[3:]))
-    cosine, sine = (part[0, first_frame * rows * columns :] for part in (cosine, sine))
+    grid = first_frame + frames, corner[0] + rows, corner[1] + columns
+    turned = model.rope(video.new_zeros(1, C, grid[0], 2 * grid[1], 2 * grid[2]))
+    turned = [part[0].unflatten(0, grid)[first_frame:, corner[0] :, corner[1] :] for part in turned]
+    cosine, sine = (part.flatten(0, 2) for part in turned)
     tokens = model.patch_embedding(video).flatten(2).transpose(1, 2)
     embedded, modulation, text, _ = model.condition_embedder(timestep, text, None)
     modulation, seen, outputs = modulation.unflatten(1, (6, -1)), [], []
@@ -100,7 +102,7 @@ def written_out(model, video, timestep, text, *, first_frame=0, read=None, keep=
     return torch.einsum("bfhwpqc->bcfhpwq", out).flatten(5).flatten(3, 4), seen, outputs
 
 
-def expected_output(transformer, branch, arguments, references, sample=0, first=None, keep=None):
+def expected_output(transformer, branch, arguments, references, sample=0, first=None, keep=None, corner=(0, 0)):
     """One sample's output with its list of references (C, h, w), and each reference's tokens after every block."""
     adapted, base = merged(transformer, branch, True), merged(transformer, branch, False)
     one = {name: value[sample : sample + 1] for name, value in arguments.items() if name != "return_dict"}
@@ -113,6 +115,7 @@ def expected_output(transformer, branch, arguments, references, sample=0, first=
             none,
             no_text,
             first_frame=first + place,
+            corner=corner,
             keep=None if keep is None else keep[place],
             crosses=False,
         )
@@ -221,6 +224,35 @@ def test_a_frame_of_their_own_serves_videos_of_any_length():
             got = transformer(**arguments)[0]
             expected, _ = expected_output(transformer, branch, arguments, references[0].unbind(1), first=20)
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("frame", [None, 0, 7])
+def test_rows_and_columns_may_begin_where_the_videos_end(frame):
+    transformer, branch = build(reference_frame=frame, reference_place="beyond")
+    references = draw(1, C, 2, 4, 6, seed=5)
+    for height, width in ((8, 8), (4, 12)):
+        arguments = inputs(height=height, width=width)
+        cache = branch.encode_references(references, frames=F, size=(height, width))
+        assert (cache.grid, cache.frames) == ((height // 2, width // 2), F if frame is None else None)
+        with torch.no_grad():
+            with branch.references(references):
+                got = transformer(**arguments)[0]
+            with branch.references(cache):
+                assert torch.equal(transformer(**arguments)[0], got)
+            where = {"first": frame, "corner": cache.grid}
+            expected, _ = expected_output(transformer, branch, arguments, references[0].unbind(1), **where)
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
+
+
+def test_references_may_stand_where_the_models_own_table_has_no_positions():
+    """A table of 8 rows and columns; beyond a video of 5 x 4 tokens, a reference of 4 x 6 needs 9 and 10."""
+    outputs = []
+    for longest in (8, 1024):
+        transformer = tiny_transformer(rope_max_seq_len=longest)
+        branch = ra.attach(transformer, config(reference_frame=500, reference_place="beyond"), seed=0)
+        with branch.references(draw(1, C, 2, 8, 12, dtype=torch.float32)), torch.no_grad():
+            outputs.append(transformer(**inputs(height=10, width=8, dtype=torch.float32))[0])
+    assert torch.equal(*outputs)
 
 
 def test_references_after_the_video_are_for_one_length():

@@ -1,5 +1,7 @@
 """Cached references: what they refuse, where they lie, what a file keeps."""
 
+import json
+
 import pytest
 import torch
 from tiny_models import tiny_transformer
@@ -32,6 +34,47 @@ def run(transformer, batch=2):
 def made():
     transformer, branch = adapt()
     return transformer, branch, branch.encode_references(draw(2, 16, 2, 8, 8), MASK, frames=2)
+
+
+FACTS = {"frames": 2, "adapter": "a", "adapter_name": "b"}
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        [],
+        {},
+        *({**FACTS, "frames": value} for value in (0, -1, True, 1.5, "2", [], 10**9)),
+        *({**FACTS, "grid": value} for value in (None, 4, [], [4], [4, 6, 8], [4, 0], [4, True], [4, "6"], [[], []])),
+        {**FACTS, "adapter": []},
+        {name: FACTS[name] for name in ("frames", "adapter")},
+    ],
+    ids=str,
+)
+def test_facts_of_a_strangers_file_are_checked_by_type_and_range(tmp_path, facts):
+    from safetensors.torch import save_file
+
+    tensors = {f"{part}.0": torch.zeros(1, 2, 2, 24) for part in ("keys", "values")}
+    save_file(tensors, tmp_path / "a.safetensors", {"refalign_reference_cache": json.dumps(facts)})
+    with pytest.raises(ra.UserError, match="holds no cached references") as caught:
+        ReferenceCache.load(tmp_path / "a.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_strangers_file_whose_parts_do_not_match_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    whole = {f"{part}.0": torch.zeros(1, 2, 2, 24) for part in ("keys", "values", "null_keys", "null_values")}
+    cases = [{"null_keys.0": torch.zeros(1, 3, 2, 24)}, {"null_values.0": None}, {"values.0": None}]
+    for number, changes in enumerate([{}, *cases]):
+        tensors = {name: tensor for name, tensor in (whole | changes).items() if tensor is not None}
+        path = tmp_path / f"{number}.safetensors"
+        save_file(tensors, path, {"refalign_reference_cache": json.dumps(FACTS)})
+        if not changes:
+            assert ReferenceCache.load(path).null.tokens == 2
+            continue
+        with pytest.raises(ra.UserError, match="holds no cached references"):
+            ReferenceCache.load(path)
 
 
 def test_a_saved_cache_gives_the_same_output(made, tmp_path):

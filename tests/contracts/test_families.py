@@ -148,10 +148,38 @@ def test_a_frame_at_its_place_has_the_rotary_embedding_it_has_in_a_longer_video(
     latents = torch.zeros(1, transformer.config.in_channels, 6, 8, 12)
     whole = calls_of(rotary, forward(family, transformer, latents))[0][2]
     frames = torch.tensor([5, 0, 3])
-    got = family.rotary_at(transformer, latents[:, :, :1].expand(3, -1, -1, -1, -1), frames, 6)
+    got = family.rotary_at(transformer, latents[:, :, :1].expand(3, -1, -1, -1, -1), frames)
     for part, longer in zip(got, whole, strict=True):
         expected = longer.unflatten(1, (6, -1))[0][frames]
         assert torch.equal(part, expected)
+
+
+def test_a_frame_beyond_the_videos_end_has_the_rotary_embedding_it_has_in_a_larger_video(case):
+    family, pipe = case
+    transformer = pipe.transformer
+    _, rows, columns = family.patch_size(transformer)
+    larger = torch.zeros(1, transformer.config.in_channels, 3, 7 * rows, 9 * columns)
+    whole = calls_of(family.rotary_embedding(transformer), forward(family, transformer, larger))[0][2]
+    clips, frames = larger.new_zeros(2, larger.shape[1], 1, 3 * rows, 4 * columns), torch.tensor([2, 1])
+    got = family.rotary_at(transformer, clips, frames, (4, 5))
+    for part, table in zip(got, whole, strict=True):
+        expected = table.unflatten(1, (3, 7, 9))[0][frames][:, 4:, 5:].flatten(1, 2)
+        assert torch.equal(part, expected)
+
+
+def test_positions_below_zero_and_beyond_the_models_table_turn_by_their_angles(case):
+    family, pipe = case
+    transformer = pipe.transformer
+    _, rows, columns = family.patch_size(transformer)
+    clips = torch.zeros(1, transformer.config.in_channels, 1, 2 * rows, 2 * columns)
+    frames = {index: family.rotary_at(transformer, clips, torch.tensor([index])) for index in (-1, 1)}
+    zero = family.rotary_at(transformer, clips, torch.tensor([0]))
+    far = family.rotary_at(transformer, clips, torch.tensor([0]), (10_000, 10_000))
+    assert all(part.isfinite().all() for part in far)
+    # cos(-a) = cos(a), sin(-a) = -sin(a): at row and column 0 the frame alone turns
+    assert torch.equal(frames[-1][0][:, 0], frames[1][0][:, 0])
+    assert torch.equal(frames[-1][1][:, 0], -frames[1][1][:, 0])
+    assert not torch.equal(far[0], zero[0])
 
 
 def test_it_loads_from_a_local_folder(case, tmp_path):

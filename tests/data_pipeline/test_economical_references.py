@@ -14,9 +14,12 @@ from seals import unseal
 from refalign_adapter.data.cache.dataset import open_cache
 from refalign_adapter.data.cache.index import read_index
 from refalign_adapter.data.cache.parts import PartStore
+from refalign_adapter.data.check.inspection import canvas_of
 from refalign_adapter.data.sources.manifest import load_manifest
+from refalign_adapter.errors import ConfigError, UserError
 from refalign_adapter.media.canvas import prepare_reference
 from refalign_adapter.media.images import read_image, read_mask
+from refalign_adapter.media.sizes import Size
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +94,14 @@ def test_tokens_of_augmented_references_are_those_of_each_variant(economical, en
     ("changes", "made"),
     [
         ({"reference_scale": 0.7}, {"references": 4, "teacher": 4, "tokens": 4}),
+        ({"reference_scale": 1.0, "reference_size": (48, 32)}, {"references": 4, "teacher": 4, "tokens": 4}),
+        ({"reference_scale": 1.0, "reference_size": (32, 48)}, {}),  # the canvas that it has
         ({"keep_background": True}, {"references": 4, "teacher": 4, "tokens": 4}),
         ({"dtype": "fp16"}, {"video": 4, "references": 4, "text": 5, "teacher": 4}),
         ({"seed": 1}, {"references": 2, "teacher": 2, "tokens": 2}),
         ({"teacher_grid": "native"}, {"teacher": 4}),
     ],
-    ids=lambda value: next(iter(value)),
+    ids=lambda value: next(iter(value), "nothing"),
 )
 def test_tokens_are_made_anew_with_what_they_show(economical, encoders, build_options, tmp_path, changes, made):
     copy = shutil.copytree(economical.cache_dir, tmp_path / "cache")
@@ -117,10 +122,34 @@ def test_a_cache_from_before_these_options_is_one_of_whole_references(cached, tm
     copy = shutil.copytree(options.cache_dir, tmp_path / "cache")
     assert "tokens" not in (copy / "index-train.jsonl").read_text()
     meta = json.loads((copy / "meta.json").read_text())
-    for name in ("reference_scale", "drop_background"):
+    for name in ("reference_scale", "drop_background", "reference_size"):
         del meta["options"][name]
     (copy / "meta.json").write_text(json.dumps(meta))
     unseal(copy)
     dataset = open_cache(replace(options, cache_dir=str(copy)))
     assert dataset[0].tokens is None
     assert (dataset.meta.options["reference_scale"], dataset.meta.options["drop_background"]) == (1.0, False)
+
+
+def test_a_canvas_of_their_own_is_the_same_for_every_size_of_clips(cached, encoders, build_options, tmp_path):
+    options, _ = cached
+    buckets = (Size(5, 32, 48), Size(5, 48, 32))
+    sized = replace(options, buckets=buckets, reference_size=(32, 32), cache_dir=str(tmp_path / "cache"))
+    report = build_options(sized, encoders)
+    assert (report.made["references"], report.made["teacher"]) == (4, 4)
+    dataset = open_cache(sized)
+    assert {tuple(dataset[index].references.shape[-2:]) for index in range(4)} == {(4, 4)}
+    assert json.loads((tmp_path / "cache/meta.json").read_text())["options"]["reference_size"] == [32, 32]
+    for other, told in ((None, "None"), ((32, 48), r"\[32, 48\]")):
+        with pytest.raises(UserError, match=rf"was made with reference_size \[32, 32\] instead of {told}"):
+            open_cache(replace(sized, reference_size=other))
+    assert {canvas_of(size, sized) for size in buckets} == {(32, 32)}
+
+
+def test_a_canvas_that_cannot_be_is_told(options, encoders):
+    problem = "reference_size must be a multiple of what a token covers, [16, 16] pixels, got [40, 32]; try [32, 32]"
+    with pytest.raises(ConfigError) as caught:
+        encoders.check_sizes(replace(options, reference_size=(40, 32)))
+    assert caught.value.problems == [problem]
+    with pytest.raises(ConfigError, match=r"beside reference_scale 0.5, which says it too; leave one of them out"):
+        replace(options, reference_size=(32, 32), reference_scale=0.5)

@@ -21,6 +21,8 @@ CASES = {
     "joint, checkpointed": ("gradient_checkpointing=true",),
     "accumulating batches of 2": ("train_batch_size=2", "gradient_accumulation_steps=2"),
     "small references": (*ISOLATED, "adapter.reference_scale=0.5"),
+    "references of their own size": (*ISOLATED, "adapter.reference_size=[32, 64]", "adapter.reference_place=beyond"),
+    "clean references": ("adapter.reference_timestep=clean",),
     "teacher's own grid": (*ISOLATED, "data.teacher_grid=native"),
     "gated": (*ISOLATED, "alignment.timestep_gate=3"),
     "no alignment": (*ISOLATED, "alignment.weight=0"),

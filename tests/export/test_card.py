@@ -91,6 +91,24 @@ def test_what_references_cost_and_how_they_are_seen_is_that_of_the_attention():
     assert "| white padding | left out |" in card
 
 
+def test_what_came_later_is_told_where_it_is_not_the_default():
+    default = model_card(ra.RefAlignConfig()) + model_card(ra.RefAlignConfig(attention="isolated"))
+    place = {"reference_frame": -1, "reference_place": "beyond", "reference_size": [512, 384]}
+    isolated = model_card(ra.RefAlignConfig(attention="isolated", null_reference="zeros", **place))
+    joint = model_card(ra.RefAlignConfig(reference_timestep="clean"))
+    for card, row in (
+        (isolated, "| first reference's frame | -1 |"),
+        (isolated, "| references' rows and columns | begin where the video's end |"),
+        (isolated, "| reference canvas | 512 x 384 pixels (height x width) |"),
+        (isolated, "| in place of dropped references | latents of zero |"),
+        (joint, "| references' timestep | 0 |"),
+    ):
+        assert row in card
+        assert row not in default
+    for name in ("rows and columns", "references' timestep", "in place of dropped"):
+        assert name not in default
+
+
 def test_front_matter():
     card = model_card(ra.RefAlignConfig(base_model=BASE, base={"family": "wan", "num_layers": 30}))
     assert card.startswith("---\n")

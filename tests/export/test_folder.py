@@ -31,6 +31,9 @@ def test_folders_of_the_first_version_give_what_they_gave(tmp_path, name):
         folder = pipe.branch.save_pretrained(tmp_path / "again")
     values = json.loads((folder / "refalign_config.json").read_text())
     assert (values["format_version"], values["refalign_adapter_version"]) == (1, "0.1.0")
+    before = json.loads((OLD / name / "refalign_config.json").read_text())
+    assert [key for key in values if key in before] == list(before)  # in their order
+    assert set(values) - set(before) == {"format_version", "refalign_adapter_version"}
     with safe_open(weights_of(folder), "pt") as file:
         facts = json.loads(file.metadata()[FACTS_KEY])
     assert facts == {"format_version": 1, "attention": values["attention"], "lora_scope": values["lora_scope"]}

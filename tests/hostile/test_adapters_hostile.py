@@ -158,7 +158,11 @@ NO_NUMBERS = [*CONTAINERS, None, "x", "1"]
 WRONG = {
     "attention": [*CONTAINERS, None, "x", "", 1, True, "ä" * 5000],
     "lora_scope": [*CONTAINERS, None, "x", "", 1, True],
-    "reference_frame": [*CONTAINERS, "x", -1, 1.5, True, HUGE],
+    "reference_frame": [*CONTAINERS, "x", -2, 1.5, True, HUGE],
+    "reference_place": [*CONTAINERS, None, "x", "", 1, True, "ä" * 5000],
+    "reference_size": [*CONTAINERS, "x", 1, True, [32], [32, 0], [32, 32.0], [True, 32], [32, HUGE], [32] * 3, [8, 8]],
+    "reference_timestep": [*CONTAINERS, None, "x", 0, True],
+    "null_reference": [*CONTAINERS, None, "x", 0, True],
     "reference_scale": [*NO_NUMBERS, 0, -1, 2, HUGE],
     "drop_background": [*NO_NUMBERS, 0, 1],
     "r": [*NO_NUMBERS, 0, -1, 1.5, True, HUGE, 5],
@@ -191,7 +195,9 @@ def test_wrong_types_and_ranges_of_every_field_are_one_line(pipe, folder, name):
         ({"align_layers": 10**9}, "align_layers must be a count or a list"),
         ({"align_layers": 1000}, "align_layers reaches block 999, but the model has 3 blocks"),
         ({"align_layers": [0, 999]}, "align_layers reaches block 999"),
-        ({"r": 10**30}, r"r must be an integer in \[1, 16384\]"),
+        ({"r": 10**30}, r"r must be an integer in \[0, 16384\]"),
+        ({"r": 0}, "target_modules must be left out with r 0, which is an adapter without LoRA"),
+        ({"r": 0, "target_modules": None}, "says r 0, an adapter without weights; delete what does not belong to it"),
         ({"base": None}, "base must be a mapping"),
         ({"base": {}}, "base must say which base the adapter fits, got nothing"),
         (

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_adapter import SIZE, picture, save_tiny_adapter
+from tiny_adapter import SIZE, anatomy, picture, save_tiny_adapter
 from tiny_generation import IMAGES, LATENTS, calls_of, generate, noise
 from tiny_models import tiny_pipeline
 
@@ -147,6 +147,58 @@ def test_smaller_canvases_for_references(tmp_path):
     expected = pipe.branch.encode_references(references, frames=2)
     got = pipe.encode_references(IMAGES, height=64, width=96, num_frames=5)
     assert all(map(torch.equal, got.keys, expected.keys))
+
+
+def test_a_canvas_of_their_own_whatever_the_videos(tmp_path):
+    own = {"attention": "isolated", "lora_scope": "reference", "reference_size": [48, 32]}
+    pipe = ra.load_adapter(tiny_pipeline(), save_tiny_adapter(tmp_path / "a", **own))
+    pipe.set_progress_bar_config(disable=True)
+    for size in ({"height": 64, "width": 96}, {"height": 16, "width": 16}):
+        calls, cache = canvas_latents(pipe, IMAGES, **size)
+        assert calls == [(2, 16, 1, 6, 4)]
+        assert cache.tokens == 2 * 3 * 2
+    references = torch.cat([encode(pipe, image, 48, 32) for image in IMAGES], 2)
+    expected = pipe.branch.encode_references(references, frames=2)
+    got = pipe.encode_references(IMAGES, height=64, width=96, num_frames=5)
+    assert all(map(torch.equal, got.keys, expected.keys))
+    assert torch.equal(
+        generate(pipe, "a cat", IMAGES),
+        generate(pipe, "a cat", reference_cache=pipe.encode_references(IMAGES, **SIZE)),
+    )
+
+
+def test_a_canvas_that_cannot_be_cut_into_tokens_is_refused_at_loading(tmp_path):
+    folder = save_tiny_adapter(tmp_path / "a", attention="isolated", reference_size=[40, 30])
+    base = tiny_pipeline()
+    before = anatomy(base.transformer)
+    with pytest.raises(ra.UserError) as caught:
+        ra.load_adapter(base, folder)
+    assert str(caught.value) == (
+        "adapter: reference_size must be a multiple of what a token covers, [16, 16] pixels, got [40, 30]; try "
+        "[32, 32]"
+    )
+    assert anatomy(base.transformer) == before
+
+
+def test_references_beyond_the_video_are_for_its_size_and_any_length(tmp_path):
+    place = {"reference_frame": -1, "reference_place": "beyond", "reference_size": [32, 32]}
+    folder = save_tiny_adapter(tmp_path / "a", attention="isolated", lora_scope="reference", **place)
+    pipe = ra.load_adapter(tiny_pipeline(), folder)
+    pipe.set_progress_bar_config(disable=True)
+    cache = pipe.encode_references(IMAGES, **SIZE)
+    assert (cache.frames, cache.grid) == (None, (2, 3))
+    expected = generate(pipe, "a cat", IMAGES)
+    assert torch.equal(generate(pipe, "a cat", reference_cache=cache), expected)
+    longer = {"num_frames": 9, "latents": torch.randn(1, 16, 3, 4, 6)}
+    assert torch.equal(
+        generate(pipe, "a cat", reference_cache=cache, **longer), generate(pipe, "a cat", IMAGES, **longer)
+    )
+    with pytest.raises(ra.UserError) as caught:
+        pipe("a cat", reference_cache=cache, **SIZE | {"height": 48})
+    assert str(caught.value) == (
+        "reference_cache: made for videos of 32 x 48 pixels (height x width), this one has 48 x 48; call "
+        "encode_references(..., height=48, width=48)"
+    )
 
 
 def test_background_is_left_out(tmp_path):

@@ -187,6 +187,8 @@ REFERENCE_SCOPE = ("adapter.attention=isolated", "adapter.lora_scope=reference")
         (("adapter.attention=isolated",), (0.1, 0.1, 0.1)),
         (REFERENCE_SCOPE, (0.1, 0, 0)),
         ((*REFERENCE_SCOPE, "dropout.text=0.4", "dropout.references=0", "dropout.both=0.0"), (0.4, 0, 0)),
+        ((*REFERENCE_SCOPE, "adapter.null_reference=zeros"), (0.1, 0.1, 0.1)),
+        ((*REFERENCE_SCOPE, "adapter.null_reference=zeros", "dropout.references=0.3"), (0.1, 0.3, 0.1)),
     ],
 )
 def test_conditions_dropped_by_default_depend_on_the_scope(recipe_file, overrides, shares):
@@ -218,6 +220,12 @@ def test_the_adapter_and_its_cache_agree_on_references(recipe_file):
     assert (default.reference_scale, default.drop_background) == (1.0, False)
     assert problems(recipe_file(), "adapter.attention=isolated", "adapter.reference_scale=0") == [
         "adapter.reference_scale must be in (0, 1], got 0.0"
+    ]
+    sized = load_recipe(recipe_file(), ("adapter.attention=isolated", "adapter.reference_size=[512, 384]"))
+    assert (sized.adapter_config().reference_size, options_of(sized).reference_size) == ((512, 384), (512, 384))
+    assert options_of(sized).compared()["reference_size"] == [512, 384]
+    assert problems(recipe_file(), "adapter.attention=isolated", "adapter.reference_size=[512]") == [
+        "adapter.reference_size must be [height, width] in pixels, each in [1, 4096], or null, got [512]"
     ]
     assert problems(recipe_file(), "adapter.drop_background=true") == [
         "adapter.drop_background needs attention='isolated', got True with 'joint'"
@@ -259,3 +267,22 @@ def test_buckets_take_the_place_of_one_size(recipe_file):
     assert options_of(load_recipe(recipe_file(), ["data.buckets=[81x480x832]"])) == options_of(
         load_recipe(recipe_file())
     )
+
+
+def test_where_references_stand_is_the_adapters(recipe_file):
+    places = ("adapter.attention=isolated", "adapter.reference_frame=-1", "adapter.reference_place=beyond")
+    config = load_recipe(recipe_file(), places).adapter_config()
+    assert (config.reference_frame, config.reference_place) == (-1, "beyond")
+    assert (
+        load_recipe(recipe_file(), ["adapter.reference_timestep=clean"]).adapter_config().reference_timestep == "clean"
+    )
+    assert problems(recipe_file(), "adapter.reference_place=beyond") == [
+        "adapter.reference_place needs attention='isolated', got 'beyond' with 'joint'"
+    ]
+
+
+def test_an_adapter_without_lora_has_nothing_to_train(recipe_file):
+    assert problems(recipe_file(), "adapter.r=0") == [
+        "adapter.r must be at least 1 to train, got 0: an adapter without LoRA has nothing to train; it is for a base "
+        "that was trained whole"
+    ]

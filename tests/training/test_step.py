@@ -1,5 +1,7 @@
 """The training step against the method written out by hand on the same draws."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_models import tiny_transformer
@@ -249,7 +251,9 @@ def test_conditions_are_dropped_at_the_shares_asked_for():
     many = Batch(
         [""] * size, *(torch.ones(size, 1, 1) for _ in range(3)), torch.ones(size, 2).bool(), batch.subjects, {}
     )
-    text, mask = step._drop_conditions(many, torch.zeros(1, 1), torch.Generator().manual_seed(0))
+    shown = step._drop_conditions(many, torch.zeros(1, 1), torch.Generator().manual_seed(0))
+    text, mask = shown.text, shown.mask
+    assert shown.aligned is shown.mask
     no_text, no_references = (text == 0).flatten(), ~mask.any(1)
     assert (no_text & ~no_references).float().mean().item() == pytest.approx(0.2, abs=0.03)
     assert (no_references & ~no_text).float().mean().item() == pytest.approx(0.3, abs=0.03)
@@ -272,3 +276,57 @@ def test_without_projectors_the_step_is_the_flow_loss():
     output.loss.backward()
     assert output.loss.item() == output.flow.item()
     assert output.cosine == {}
+
+
+NULLS = {"joint": {}, "isolated": ISOLATED, "isolated, all": {"attention": "isolated"}}
+
+
+@pytest.mark.parametrize("adapter", NULLS.values(), ids=NULLS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropped_references_ride_along_as_zeros_where_the_adapter_says_so(adapter, checkpointing):
+    """Of three samples the first keeps its references; the prediction is that of zeros in the others' places."""
+    step = build_step(adapter=adapter | {"null_reference": "zeros"}, reference_dropout=0.5)
+    if checkpointing:
+        step.transformer.enable_gradient_checkpointing()
+    batch = make_batch(3)
+    seed = next(
+        seed
+        for seed in range(100)
+        if (torch.rand(3, generator=torch.Generator().manual_seed(seed)) < 0.5).tolist() == [False, True, True]
+    )
+    sigmas, noise = torch.tensor([0.3, 0.8, 0.5]), torch.randn(batch.latents.shape)
+    output = run(step, batch, seed=seed, sigmas=sigmas, noise=noise)
+    output.loss.backward()
+    got = {name: parameter.grad.clone() for name, parameter in step.branch.named_parameters()}
+    step.zero_grad()
+
+    zeroed = dataclasses.replace(batch, references=batch.references.clone())
+    zeroed.references[1:] = 0
+    prediction, features = by_hand(step, zeroed, sigmas, noise)
+    flow = (prediction - (noise - batch.latents)).square().mean()
+    kept = batch.mask & torch.tensor([[True], [False], [False]])
+    losses = [
+        ra.reference_alignment_loss(
+            students["first"], batch.teacher["first"].flatten(2, 3), mask=kept, subjects=batch.subjects
+        ).total
+        for students in step.projectors(features).values()
+    ]
+    loss = flow + torch.stack(losses).mean()
+    torch.testing.assert_close(output.loss, loss)
+    assert output.references == 2
+    loss.backward()
+    for name, parameter in step.branch.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
+    absent = build_step(adapter=adapter, reference_dropout=0.5)
+    assert run(absent, batch, seed=seed, sigmas=sigmas, noise=noise).flow != output.flow
+
+
+def test_a_step_whose_references_are_all_zeros_trains_the_lora_and_no_head():
+    step = build_step(adapter=ISOLATED | {"null_reference": "zeros"}, reference_dropout=1.0)
+    output = run(step, make_batch())
+    assert output.references == 0
+    assert output.loss.item() == output.flow.item()
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in step.parameters() if parameter.requires_grad)
+    assert any(parameter.grad.any() for _, parameter in step.branch.named_parameters())
+    assert not any(parameter.grad.any() for parameter in step.projectors.parameters())

@@ -18,7 +18,7 @@ from ...families._base_model import read_base_model
 from ...families._pipeline_folder import open_pipeline, reading
 from ...families.base import Family
 from ...hashes import file_digest
-from ...media.canvas import reference_size
+from ...media.canvas import fixed_size_problems, reference_size
 from ...media.sizes import size_misfits
 from ...teachers.base import Teacher, load_teacher
 from .options import DTYPES, CacheOptions, model_id
@@ -71,7 +71,8 @@ class Encoders:
     def canvas_size(self, options: CacheOptions) -> tuple[int, int]:
         """Height and width of a reference's canvas in pixels."""
         _, rows, columns = self.family.size_multiples(self.pipe, self.patch_size)
-        return reference_size(options.height, options.width, options.reference_scale, (rows, columns))
+        scale, fixed = options.reference_scale, options.reference_size
+        return reference_size(options.height, options.width, scale, (rows, columns), fixed)
 
     def token_grid(self, options: CacheOptions) -> tuple[int, int]:
         """Rows and columns of tokens that the base's transformer makes of a reference."""
@@ -89,6 +90,7 @@ class Encoders:
         problems = [problem for size in options.sizes for problem in size_misfits(size, multiples)]
         if options.buckets:
             problems = [f"data.buckets {problem}" for problem in problems]
+        problems += fixed_size_problems(options.reference_size, multiples[1:])
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
 

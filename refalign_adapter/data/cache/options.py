@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...config import DEFAULT_TEACHER
+from ...config_checks import canvas_problems
 from ...errors import ConfigError
 from ...media.sizes import Size
 from ..sources.manifest import SourcesValue
@@ -31,12 +32,13 @@ COMPARED = (
     "teacher_layer",
     "teacher_grid",
     "reference_scale",
+    "reference_size",
     "drop_background",
     "buckets",
 )
 """Options in which a cache and the training that reads it must agree."""
 
-ADDED = {"reference_scale": 1.0, "drop_background": False, "buckets": []}
+ADDED = {"reference_scale": 1.0, "reference_size": None, "drop_background": False, "buckets": []}
 """Options that older caches do not mention, and how those were made."""
 
 
@@ -59,7 +61,8 @@ class CacheOptions:
         reference_variants: augmented versions of each reference of a regular pair.
         keep_background: whether what a reference's mask leaves out stays within its bounding box.
         reference_scale: height and width of a reference's canvas as a share of the video's, in (0, 1], see
-            `references.reference_size`.
+            `canvas.reference_size`.
+        reference_size: (height, width) of that canvas in pixels, whatever the video's; None: it is such a share.
         drop_background: whether the cache says which tokens of a reference show white padding only.
         max_sequence_length: text tokens that captions are cut and padded to.
         teachers: ids or folders of vision encoders.
@@ -100,6 +103,7 @@ class CacheOptions:
     reference_scale: float = 1.0
     drop_background: bool = False
     buckets: tuple[Size, ...] = ()
+    reference_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teachers", tuple(self.teachers))
@@ -110,8 +114,7 @@ class CacheOptions:
                 problems.append(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.fps is not None and not self.fps > 0:
             problems.append(f"fps must be positive, got {self.fps}")
-        if not 0 < self.reference_scale <= 1:
-            problems.append(f"reference_scale must be in (0, 1], got {self.reference_scale}")
+        problems += canvas_problems(self.reference_scale, self.reference_size)
         if self.teacher_grid not in TEACHER_GRIDS:
             problems.append(f"teacher_grid must be one of {', '.join(TEACHER_GRIDS)}, got {self.teacher_grid!r}")
         for name in ("dtype", "text_encoder_dtype"):
@@ -146,7 +149,12 @@ class CacheOptions:
     def compared(self) -> dict[str, Any]:
         """The options in which a cache and its reader must agree, as JSON types."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if name in COMPARED}
-        return values | {"base_model": model_id(self.base_model), "buckets": list(map(str, self.buckets))}
+        size = None if self.reference_size is None else list(self.reference_size)
+        return values | {
+            "base_model": model_id(self.base_model),
+            "buckets": list(map(str, self.buckets)),
+            "reference_size": size,
+        }
 
 
 def model_id(name: str) -> str:

@@ -117,7 +117,7 @@ def inspect_row(row: Row, options: CacheOptions) -> RowLook:
 def canvas_of(size: Size | None, options: CacheOptions) -> tuple[int, int]:
     """Height and width of the canvas of references beside a clip of this size; to rounding, see `TOKEN`."""
     size = size or options.sizes[0]
-    return reference_size(size.height, size.width, options.reference_scale, TOKEN)
+    return reference_size(size.height, size.width, options.reference_scale, TOKEN, options.reference_size)
 
 
 def _inspect_clip(row: Row, options: CacheOptions, look: RowLook, digest: Digest) -> None:
