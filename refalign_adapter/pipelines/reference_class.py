@@ -74,4 +74,4 @@ def _with_signature(stock: Any) -> Any:
 def revive(stock: type) -> Any:
     """An empty reference pipeline, for copies and pickles: its class is made at run time."""
     cls = reference_class(stock)
-    return cls.__new__(cls)
+    return object.__new__(cls)
