@@ -137,23 +137,40 @@ def _check_finite(*states: dict[str, Tensor]) -> None:
             raise UserError(f"{name} holds what is no number")
 
 
-def _check_kinds(trained: Trained, state: CheckpointState, folder: Path) -> None:
-    """Refuse the state of another optimizer, or of a run with alignment in one without and the reverse."""
-    way_out = f"or start anew from its weights with init_adapter={str(folder / ADAPTER)!r} and another output_dir"
-    before, now = state.run.get("optimizer"), type(trained.optimizer)
+def check_optimizer(optimizer: type, state: CheckpointState, folder: Path) -> None:
+    """Refuse the state of another optimizer.
+
+    Args:
+        optimizer: the class that is to go on with it.
+        state: a checkpoint's; older ones do not say what they are of.
+        folder: where it lies.
+
+    Raises:
+        UserError: it is another's; with the way out.
+    """
+    before = state.run.get("optimizer")
     if not isinstance(before, str | None) or len(before or "") > MAX_NAME:
         raise damaged(folder, f"its optimizer is {shorten(before)}")
-    if before is not None and _class_of(before) is not now:
+    if before is not None and _class_of(before) is not optimizer:
         raise UserError(
-            f"{FIELD}: {str(folder)!r} has the state of optimizer {before!r}, this recipe's is {now.__name__}; set "
-            f"optimizer={before}, {way_out}"
+            f"{FIELD}: {str(folder)!r} has the state of optimizer {before!r}, this recipe's is {optimizer.__name__}; "
+            f"set optimizer={before}, {_anew(folder)}"
         )
+
+
+def _anew(folder: Path) -> str:
+    return f"or start anew from its weights with init_adapter={str(folder / ADAPTER)!r} and another output_dir"
+
+
+def _check_kinds(trained: Trained, state: CheckpointState, folder: Path) -> None:
+    """Refuse the state of another optimizer, or of a run with alignment in one without and the reverse."""
+    check_optimizer(type(trained.optimizer), state, folder)
     aligned = any(name.startswith("projectors.") for name in state.optimizer)
     if aligned != (trained.projectors is not None):
         then, here = ("with", "without") if aligned else ("without", "with")
         raise UserError(
             f"{FIELD}: {str(folder)!r} was trained {then} alignment, this recipe is {here} it; make alignment.weight "
-            f"and adapter.align_layers what they were (cutoff_step ends the alignment at a step), {way_out}"
+            f"and adapter.align_layers what they were (cutoff_step ends the alignment at a step), {_anew(folder)}"
         )
 
 
