@@ -132,5 +132,5 @@ def test_a_processor_that_attends_in_a_way_of_its_own_is_refused():
         def __call__(self, attention: Any, hidden_states: Any) -> Any:
             return hidden_states.softmax(-1)
 
-    with pytest.raises(ra.UserError, match="Own calls no attention that is known; take the stock one"):
+    with pytest.raises(ra.UserError, match="Own calls no attention function that is known; set the stock one"):
         Rewired(Own)
