@@ -145,6 +145,7 @@ class ReferenceBranch:
         patch = self._hooks.patch_size
         grid = None if size is None else (size[0] // patch[1], size[1] // patch[2])
         made: dict[str, Any] = {"adapter": self.fingerprint(), "adapter_name": self.adapter_name}
+        made["canvas"] = tuple(references.latents.shape[-2:])
         with self._state.waiting(None):
             if self.config.null_reference == "zeros":
                 zeros = dataclasses.replace(references, latents=torch.zeros_like(references.latents))

@@ -22,6 +22,7 @@ from ..tensor_files import save_tensors
 
 FORMAT = "refalign_reference_cache"
 _FIELDS = ("frames", "adapter", "adapter_name")
+_SIZES = ("grid", "canvas")
 _PARTS = ("keys", "values")
 _MOST = 10**6
 
@@ -43,6 +44,8 @@ class ReferenceCache:
         grid: rows and columns in tokens of the video whose end they are placed beyond; None: they begin at 0.
         null: what a pass without references reads in their place, of an adapter with `null_reference` "zeros"; None:
             nothing.
+        canvas: latent rows and columns of the references, which follow from the video's size unless the adapter has a
+            `reference_size`; None: not known, as in caches of before 0.2.
     """
 
     keys: tuple[Tensor, ...]
@@ -53,6 +56,7 @@ class ReferenceCache:
     adapter_name: str = ""
     grid: tuple[int, int] | None = None
     null: ReferenceCache | None = None
+    canvas: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         """B, the samples it is for."""
@@ -136,7 +140,8 @@ class ReferenceCache:
         if self.mask is not None:
             tensors["mask"] = self.mask
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        facts = {name: getattr(self, name) for name in _FIELDS} | ({"grid": self.grid} if self.grid else {})
+        facts = {name: getattr(self, name) for name in _FIELDS}
+        facts |= {name: size for name in _SIZES if (size := getattr(self, name)) is not None}
         with atomic_file(path) as temporary:
             save_tensors(temporary, tensors, {"format": "pt", FORMAT: json.dumps(facts)})
         return path
@@ -156,7 +161,7 @@ class ReferenceCache:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
             blocks = sum(name.startswith("keys.") for name in tensors)
             named: dict[str, Any] = {name: facts[name] for name in _FIELDS}
-            named["grid"] = tuple(facts["grid"]) if "grid" in facts else None
+            named |= {name: tuple(facts[name]) for name in _SIZES if name in facts}
             cache = cls(*_parts(tensors, blocks), tensors.get("mask"), **named)
             if "null_keys.0" not in tensors:
                 return cache
@@ -189,12 +194,12 @@ def _checked(facts: Any) -> dict[str, Any]:
     """
     if not isinstance(facts, dict) or not (facts.get("frames", 0) is None or _is_size(facts.get("frames"))):
         raise ValueError("no number of frames")
-    others = {name: value for name, value in facts.items() if name not in ("frames", "grid")}
+    others = {name: value for name, value in facts.items() if name not in ("frames", *_SIZES)}
     if not all(isinstance(value, str | int | None) for value in others.values()):
         raise ValueError("other facts than it was written with")
-    grid = facts.get("grid", [1, 1])
-    if not isinstance(grid, list) or len(grid) != 2 or not all(map(_is_size, grid)):
-        raise ValueError("no rows and columns")
+    for size in (facts.get(name, [1, 1]) for name in _SIZES):
+        if not isinstance(size, list) or len(size) != 2 or not all(map(_is_size, size)):
+            raise ValueError("no rows and columns")
     return facts
 
 

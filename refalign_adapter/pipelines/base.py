@@ -108,11 +108,15 @@ class ReferencePipeline(NamedAdapters):
         groups = group_by_prompt(images, prompts, self.max_references)
         if groups is None:
             return None
-        config, (_, rows, columns) = self._reference_branch().config, self._multiples()
-        scale, fixed = config.reference_scale, config.reference_size
-        height, width = reference_size(height, width, scale, (rows, columns), fixed)
-        grid = (height // rows, width // columns) if config.drop_background else None
-        return load_canvases(groups, height, width, grid)
+        height, width = self._canvas(height, width)
+        _, rows, columns = self._multiples()
+        drop = self._reference_branch().config.drop_background
+        return load_canvases(groups, height, width, (height // rows, width // columns) if drop else None)
+
+    def _canvas(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels of a reference's canvas for a video of height and width."""
+        config = self._reference_branch().config
+        return reference_size(height, width, config.reference_scale, self._multiples()[1:], config.reference_size)
 
     def _read_given(
         self, images: Any, cache: Any, prompts: int, size: tuple[int, int, int]
@@ -147,6 +151,13 @@ class ReferencePipeline(NamedAdapters):
             raise UserError(
                 f"reference_cache: made for videos of {made} pixels (height x width), this one has {height} x {width};"
                 f" call encode_references(..., height={height}, width={width})"
+            )
+        patch = branch.family.patch_size(branch.transformer)
+        canvas = self._canvas(height, width)
+        if cache.canvas not in (None, (canvas[0] * patch[1] // rows, canvas[1] * patch[2] // columns)):
+            raise UserError(
+                f"reference_cache: its references are of another size than those of a video of {height} x {width} "
+                f"pixels (height x width); call encode_references(..., height={height}, width={width})"
             )
         if len(cache) not in (1, prompts):
             raise UserError(

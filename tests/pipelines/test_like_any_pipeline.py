@@ -273,6 +273,15 @@ def test_pictures_in_memory_mean_what_the_same_file_means(either, tmp_path):
         generate(either, "a cat", ["https://example.com/a.png"])
 
 
+def test_a_cache_knows_the_size_of_the_videos_it_was_made_for(fresh_isolated, tmp_path):
+    cache = fresh_isolated.encode_references(IMAGES, **SIZE)
+    path = cache.save(tmp_path / "cache.safetensors")
+    for given in (cache, ra.ReferenceCache.load(path)):
+        assert generate(fresh_isolated, "a cat", reference_cache=given).shape == noise().shape
+        with pytest.raises(ra.UserError, match="of another size than those of a video of 64 x 64 pixels .*height=64"):
+            generate(fresh_isolated, "a cat", reference_cache=given, height=64, width=64, latents=None)
+
+
 def test_context_parallelism_is_refused(either, monkeypatch):
     monkeypatch.setattr(either.transformer, "_parallel_config", object(), raising=False)
     with pytest.raises(ra.UserError, match="shares a video out among devices .*, which references do not take yet"):
