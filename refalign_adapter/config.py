@@ -34,6 +34,14 @@ LATER = {
 versions open every adapter that they would understand; one that they would not, they refuse by the field's name."""
 
 
+def _setting(default: Any, help: str | None = None) -> Any:
+    """A field with its default, and in a few words what it is, for those that a recipe sets."""
+    metadata = {} if help is None else {"help": help}
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class RefAlignConfig:
     """An adapter: how references reach the DiT, which weights are trained, what they are aligned to.
@@ -76,26 +84,40 @@ class RefAlignConfig:
         ConfigError: lists every problem at once.
     """
 
-    attention: str = "joint"
-    lora_scope: str = "all"
-    reference_frame: int | None = None
-    reference_scale: float = 1.0
-    drop_background: bool = False
-    r: int = 64
-    lora_alpha: float = 64
-    lora_dropout: float = 0.0
-    target_modules: Sequence[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    align_layers: int | Sequence[int] = 9
-    teachers: Sequence[str] = (DEFAULT_TEACHER,)
-    max_sequence_length: int = 512
-    base_model: str | None = None
-    base: dict[str, Any] = field(default_factory=dict)
-    reference_place: str = "origin"
-    reference_size: Sequence[int] | None = None
-    reference_timestep: str = "video"
-    null_reference: str = "absent"
+    attention: str = _setting(
+        "joint", "how references reach the DiT: joint = in the video's own sequence, isolated = by keys and values"
+    )
+    lora_scope: str = _setting("all", "tokens the LoRA acts on: all, or reference (with isolated attention)")
+    reference_frame: int | None = _setting(
+        None, "temporal index of the first reference, from -1 on; null = after the video's frames"
+    )
+    reference_scale: float = _setting(
+        1.0, "height and width of a reference's canvas as a share of the video's, in (0, 1]"
+    )
+    drop_background: bool = _setting(False, "leave out reference tokens that show only white padding")
+    r: int = _setting(64, "LoRA rank")
+    lora_alpha: float = _setting(64, "LoRA scale numerator: the update is multiplied by lora_alpha / r")
+    lora_dropout: float = _setting(0.0, "share of LoRA inputs dropped while training, in [0, 1)")
+    target_modules: Sequence[str] | str | None = _setting(None, "modules with LoRA; null = the family's")
+    rank_pattern: dict[str, int] = _setting({}, "ranks of single modules, as in peft")
+    alpha_pattern: dict[str, float] = _setting({}, "alphas of single modules, as in peft")
+    align_layers: int | Sequence[int] = _setting(9, "first K blocks to align, or a list of blocks; 0 = none")
+    teachers: Sequence[str] = _setting((DEFAULT_TEACHER,), "frozen vision encoders, one projector head each")
+    max_sequence_length: int = _setting(512, "text tokens that prompts are padded to")
+    base_model: str | None = _setting(None)
+    base: dict[str, Any] = _setting({})
+    reference_place: str = _setting(
+        "origin", "where a reference's rows and columns begin: origin = at 0, beyond = where the video's end"
+    )
+    reference_size: Sequence[int] | None = _setting(
+        None, "[height, width] of a reference's canvas in pixels, in place of reference_scale; null = a share"
+    )
+    reference_timestep: str = _setting(
+        "video", "timestep of references in joint attention: video = the video's, clean = 0"
+    )
+    null_reference: str = _setting(
+        "absent", "what stands for dropped references, here and in guidance: absent = nothing, zeros = zero latents"
+    )
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "teachers", "align_layers", "reference_size"):

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
 from ..alignment.schedule import AlignmentSchedule
-from ..config import DEFAULT_TEACHER, RefAlignConfig
+from ..config import RefAlignConfig
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -41,53 +44,34 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
-class AdapterSection(Section):
-    """What the adapter is; see `RefAlignConfig`."""
+def _adapter_fields() -> dict[str, Any]:
+    """Those of `RefAlignConfig` that a recipe sets, with its defaults; lists where it takes sequences."""
+    hints, fields = get_type_hints(RefAlignConfig), {}
+    for item in dataclasses.fields(RefAlignConfig):
+        if "help" in item.metadata:
+            made = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore
+            default = list(made) if isinstance(made, tuple) else made
+            fields[item.name] = (_with_lists(hints[item.name]), Field(default, description=item.metadata["help"]))
+    return fields
 
-    attention: str = Field(
-        default="joint",
-        description="how references reach the DiT: joint = in the video's own sequence, isolated = by keys and values",
-    )
-    lora_scope: str = Field(
-        default="all", description="tokens the LoRA acts on: all, or reference (with isolated attention)"
-    )
-    reference_frame: int | None = Field(
-        default=None, description="temporal index of the first reference, from -1 on; null = after the video's frames"
-    )
-    reference_place: str = Field(
-        default="origin",
-        description="where a reference's rows and columns begin: origin = at 0, beyond = where the video's end",
-    )
-    reference_scale: float = Field(
-        default=1.0, description="height and width of a reference's canvas as a share of the video's, in (0, 1]"
-    )
-    reference_size: list[int] | None = Field(
-        default=None,
-        description="[height, width] of a reference's canvas in pixels, in place of reference_scale; null = a share",
-    )
-    reference_timestep: str = Field(
-        default="video", description="timestep of references in joint attention: video = the video's, clean = 0"
-    )
-    null_reference: str = Field(
-        default="absent",
-        description="what stands for dropped references, here and in guidance: absent = nothing, zeros = zero latents",
-    )
-    drop_background: bool = Field(default=False, description="leave out reference tokens that show only white padding")
-    r: int = Field(default=64, description="LoRA rank")
-    lora_alpha: float = Field(
-        default=64, description="LoRA scale numerator: the update is multiplied by lora_alpha / r"
-    )
-    lora_dropout: float = Field(default=0.0, description="share of LoRA inputs dropped while training, in [0, 1)")
-    target_modules: list[str] | str | None = Field(default=None, description="modules with LoRA; null = the family's")
-    rank_pattern: dict[str, int] = Field(default={}, description="ranks of single modules, as in peft")
-    alpha_pattern: dict[str, float] = Field(default={}, description="alphas of single modules, as in peft")
-    align_layers: int | list[int] = Field(
-        default=9, description="first K blocks to align, or a list of blocks; 0 = none"
-    )
-    teachers: list[str] = Field(
-        default=[DEFAULT_TEACHER], description="frozen vision encoders, one projector head each"
-    )
-    max_sequence_length: int = Field(default=512, description="text tokens that prompts are padded to")
+
+def _with_lists(hint: Any) -> Any:
+    """YAML has lists where Python takes any sequence."""
+    if isinstance(hint, UnionType):
+        return Union[tuple(map(_with_lists, get_args(hint)))]  # noqa: UP007  # of a number that is not written here
+    return list[get_args(hint)] if get_origin(hint) is Sequence else hint
+
+
+if TYPE_CHECKING:
+
+    class _AdapterFields(RefAlignConfig, Section): ...  # pyright: ignore  # for its names alone
+
+else:
+    _AdapterFields = create_model("_AdapterFields", __base__=Section, **_adapter_fields())
+
+
+class AdapterSection(_AdapterFields):
+    """What the adapter is; see `RefAlignConfig`."""
 
     @property
     def without_references_is_base(self) -> bool:
