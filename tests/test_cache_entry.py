@@ -61,6 +61,7 @@ def test_a_recipe_gives_a_cache_that_its_training_opens(recipe, capsys):
     assert "0 parts made, 21 were there" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_cache(recipe, tmp_path):
     assert main(["--config", str(recipe), f"data.cache_dir={tmp_path / 'one'}"]) == 0
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -108,6 +108,7 @@ def test_a_lora_on_all_layers_has_the_known_size(wan_setting, name, megabytes):
     assert module_bytes(step.projectors) == 9 * (step.projectors.dim // 2) * (step.projectors.dim + 768) * 4
 
 
+@pytest.mark.slow
 def test_parts_of_wan_14b(wan_setting):
     setting = wan_setting("14b", "ema_decay=0.99", *JOINT, processes=8)
     memory = training_memory(setting)

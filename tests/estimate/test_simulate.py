@@ -68,6 +68,7 @@ def pinned(size):
     return 1 << (size - 1).bit_length()
 
 
+@pytest.mark.slow
 def test_checkpointing_and_offloading_need_less(wan, wan_setting):
     def peak(*overrides):
         short = (f"pretrained_model_name_or_path={wan / 'short'}", "adapter.align_layers=3")

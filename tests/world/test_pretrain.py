@@ -3,12 +3,14 @@
 from typing import Any
 
 import pretrain as script
+import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from pretrain_vae import CONFIG, single_frames_as_images, treat_frames_as_images
 from transformers import AutoModel
 
 
+@pytest.mark.slow
 def test_the_script_writes_a_pipeline_a_teacher_and_their_packed_files(tmp_path, monkeypatch):
     for name, value in (("TEACHER_SUBJECTS", 41), ("VAE_CLIPS", 2), ("STILLS", 2)):
         monkeypatch.setattr(script, name, value)
