@@ -130,7 +130,7 @@ def test_rows_are_cached_at_their_sizes(mixed, encoders):
         assert sample.latents.equal(latents)
         assert sample.references.shape[-2:] == latents.shape[-2:]
         grid = encoders.token_grid(options.at(size))
-        assert all(features.shape[2:4] == grid for features in sample.teacher.values())
+        assert all(features.shape[2:4] == grid for features in sample.targets["reference"].values())
     assert report.made["video"] == 4
     assert verify_cache(options).count > 4
     meta = json.loads((Path(options.cache_dir) / "meta.json").read_text())

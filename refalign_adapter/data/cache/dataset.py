@@ -6,7 +6,7 @@ tokens, D text width, V augmented variants, h and w a teacher's grid, T a teache
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
-from ...batch import Batch, CachedSample
+from ...batch import REFERENCE, Batch, CachedSample
 from ...errors import ReadError, UserError
 from ..sources.manifest import missing_paths, sources_digest
 from .contents import row_contents, text_contents
 from .digests import FileDigests
 from .index import REMEDY, read_index, read_meta
 from .options import CacheOptions
-from .parts import CacheGoneError, DamagedPartError, PartStore
+from .parts import CacheGoneError, DamagedPartError, PartStore, target_part
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class CacheMeta:
     """What a cache says of all its rows.
 
     Attributes:
-        teachers: teacher id -> T.
+        widths: objective -> teacher id -> T, of the targets that are read.
         max_sequence_length: S.
         empty_text: (S, D) embedding of the empty prompt.
         options: the options it was made with, as JSON types.
         provenance: versions and settings of all encoders, as JSON types.
     """
 
-    teachers: dict[str, int]
+    widths: dict[str, dict[str, int]]
     max_sequence_length: int
     empty_text: Tensor
     options: dict[str, Any]
@@ -56,10 +56,10 @@ class CachedDataset(Dataset[CachedSample]):
         cache_dir: folder of the cache.
         rows: keys of the rows to serve, in this order; None serves all.
         split: "train" or "validation".
-        teachers: ids of the teachers whose features are read; None reads all.
+        targets: objective -> ids of the teachers whose targets are read; None reads all.
 
     Raises:
-        UserError: there is no such cache, it has no such rows or teachers, or it is damaged.
+        UserError: there is no such cache, it has no such rows or targets, or it is damaged.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class CachedDataset(Dataset[CachedSample]):
         rows: Sequence[str] | None = None,
         *,
         split: str = "train",
-        teachers: Sequence[str] | None = None,
+        targets: Mapping[str, Sequence[str]] | None = None,
     ):
         meta = read_meta(cache_dir)
         self.store = PartStore(cache_dir)
@@ -80,14 +80,21 @@ class CachedDataset(Dataset[CachedSample]):
             self.entries = [known[key] for key in rows]
         if not self.entries:
             raise UserError(f"cache_dir: {str(cache_dir)!r} has no {split} rows; {REMEDY}")
-        self.teachers = tuple(meta["teachers"] if teachers is None else teachers)
-        if missing := [name for name in self.teachers if name not in meta["teachers"]]:
-            raise UserError(f"cache_dir: {str(cache_dir)!r} has no features of {missing[0]!r}; {REMEDY}")
+        shapes = {objective: facts["shapes"] for objective, facts in meta["targets"].items()}
+        self.targets = {name: tuple(teachers) for name, teachers in (shapes if targets is None else targets).items()}
+        for objective, teachers in self.targets.items():
+            if missing := [name for name in teachers if name not in shapes.get(objective, {})]:
+                what = "features" if objective == REFERENCE else f"targets for objective {objective}"
+                raise UserError(f"cache_dir: {str(cache_dir)!r} has no {what} of {missing[0]!r}; {REMEDY}")
+        self._of_references = frozenset(name for name, facts in meta["targets"].items() if facts["of"] != "video")
         self.split, self._meta = split, meta
         self._text = text_contents(meta, self.store)
         length = meta["options"]["max_sequence_length"]
         self.meta = CacheMeta(
-            teachers={name: meta["teachers"][name] for name in self.teachers},
+            widths={
+                objective: {name: shapes[objective][name][-1] for name in teachers}
+                for objective, teachers in self.targets.items()
+            },
             max_sequence_length=length,
             empty_text=_padded(self._empty_text(meta["empty_text"]), length),
             options=meta["options"],
@@ -136,10 +143,19 @@ class CachedDataset(Dataset[CachedSample]):
                 key=entry.key,
                 latents=read("video", parts.video),
                 text=_padded(read("text", parts.text), self.meta.max_sequence_length),
-                references=read("references", parts.references),
-                teacher={name: read("teacher", parts.teachers[name]) for name in self.teachers},
+                references=_no_references(entry.shape)
+                if parts.references is None
+                else read("references", parts.references),
+                targets={
+                    objective: {
+                        name: read(target_part(objective), parts.targets[objective][name]) for name in teachers
+                    }
+                    for objective, teachers in self.targets.items()
+                    if entry.subjects or objective not in self._of_references
+                },
                 subjects=torch.tensor(entry.subjects, dtype=torch.int64),
                 tokens=read("tokens", parts.tokens) if parts.tokens else None,
+                of_references=self._of_references,
             )
         except CacheGoneError:
             raise
@@ -158,8 +174,20 @@ class CachedDataset(Dataset[CachedSample]):
             raise UserError(f"cache: the empty text: {error}") from None
 
 
-def open_cache(options: CacheOptions, rows: Sequence[str] | None = None, *, split: str = "train") -> CachedDataset:
+def open_cache(
+    options: CacheOptions,
+    rows: Sequence[str] | None = None,
+    *,
+    split: str = "train",
+    targets: Mapping[str, Sequence[str]] | None = None,
+) -> CachedDataset:
     """Open the cache that `options` describe, without loading any encoder.
+
+    Args:
+        options: whose.
+        rows: see `CachedDataset`.
+        split: see `CachedDataset`.
+        targets: read beside the options' own: objective -> teacher ids.
 
     Raises:
         UserError: there is no such cache, or it was made with other options or from another manifest.
@@ -173,7 +201,8 @@ def open_cache(options: CacheOptions, rows: Sequence[str] | None = None, *, spli
     digest = _digest_of(options, split)
     if digest is not None and digest != meta["manifests"].get(split):
         raise UserError(f"{split}_data: it has changed since the cache in {options.cache_dir!r} was made; {REMEDY}")
-    return CachedDataset(options.cache_dir, rows, split=split, teachers=options.teachers)
+    own = {target.objective: target.teachers for target in options.all_targets}
+    return CachedDataset(options.cache_dir, rows, split=split, targets={**own, **(targets or {})})
 
 
 def _digest_of(options: CacheOptions, split: str) -> str | None:
@@ -201,41 +230,88 @@ def collate(samples: Sequence[CachedSample], *, variants: Sequence[int] | None =
     choices = [0] * len(samples) if variants is None else list(variants)
     most = max(len(sample.subjects) for sample in samples)
 
-    def stack(tensors: list[Tensor]) -> Tensor:
-        chosen = [tensor[number % len(tensor)] for tensor, number in zip(tensors, choices, strict=True)]
-        return torch.stack([_padded(tensor, most) for tensor in chosen])
+    def stack(tensors: Sequence[Tensor | None]) -> Tensor:
+        """Those of references, (V, M, …) each; None of a row without any."""
+        like = next(tensor for tensor in tensors if tensor is not None)
+        none = like.new_zeros(1, 0, *like.shape[2:])
+        each = [none if tensor is None else tensor for tensor in tensors]
+        return torch.stack(
+            [_padded(tensor[number % len(tensor)], most) for tensor, number in zip(each, choices, strict=True)]
+        )
 
     counts = torch.tensor([len(sample.subjects) for sample in samples])
-    tokens = [sample.tokens for sample in samples if sample.tokens is not None]
+    shown = [sample if len(sample.subjects) else None for sample in samples]
+    # Without any reference in the batch, the empty ones of all rows are as large as the video.
+    references = [sample and sample.references for sample in shown] if most else [item.references for item in samples]
     return Batch(
         keys=[sample.key for sample in samples],
         latents=torch.stack([sample.latents for sample in samples]),
         text=torch.stack([sample.text for sample in samples]),
-        references=stack([sample.references for sample in samples]).transpose(1, 2).contiguous(),
+        references=stack(references).transpose(1, 2).contiguous(),
         mask=torch.arange(most) < counts[:, None],
         subjects=torch.stack([_padded(sample.subjects, most, -1) for sample in samples]),
-        teacher={name: stack([sample.teacher[name] for sample in samples]) for name in samples[0].teacher},
-        tokens=stack(tokens) if tokens else None,
+        targets={
+            objective: {
+                teacher: stack([sample and sample.targets[objective][teacher] for sample in shown])
+                if objective in samples[0].of_references
+                else torch.stack([sample.targets[objective][teacher] for sample in samples])
+                for teacher in teachers
+            }
+            for objective, teachers in _targets(samples).items()
+        },
+        tokens=stack([sample and sample.tokens for sample in shown]) if _any_tokens(samples) else None,
     )
 
 
+def _targets(samples: Sequence[CachedSample]) -> dict[str, dict[str, Tensor]]:
+    """Those of the sample that has most: rows without references lack some objectives'."""
+    return max((sample.targets for sample in samples), key=len)
+
+
+def _any_tokens(samples: Sequence[CachedSample]) -> bool:
+    return any(sample.tokens is not None for sample in samples)
+
+
 def _require_alike(samples: Sequence[CachedSample]) -> None:
-    """References' canvases and teachers' grids follow from a row's size, so rows that share a batch have the same."""
-    first = samples[0]
-    for sample in samples[1:]:
-        pairs = [(sample.latents[:, :1], first.latents[:, :1]), (sample.references[0, 0], first.references[0, 0])]
-        pairs += [(sample.teacher[name][0, 0], features[0, 0]) for name, features in first.teacher.items()]
-        if sample.tokens is not None and first.tokens is not None:
-            pairs.append((sample.tokens[0, 0], first.tokens[0, 0]))
-        if any(ours.shape != others.shape for ours, others in pairs) or _kinds(sample) != _kinds(first):
+    """References' canvases and targets' grids follow from a row's size, so rows that share a batch have the same."""
+    first, some = samples[0], [sample for sample in samples if len(sample.subjects)]
+    pairs = [(_of_row(sample), _of_row(first), sample, first) for sample in samples[1:]]
+    pairs += [(_of_reference(sample), _of_reference(some[0]), sample, some[0]) for sample in some[1:]]
+    for ours, others, sample, other in pairs:
+        if ours != others:
             raise UserError(
-                f"cache: rows {sample.key[:12]} and {first.key[:12]} have references or features of different sizes; "
+                f"cache: rows {sample.key[:12]} and {other.key[:12]} have references or features of different sizes; "
                 f"delete the cache and {REMEDY}"
             )
 
 
-def _kinds(sample: CachedSample) -> tuple[bool, int]:
-    return sample.tokens is None, sample.text.shape[-1]
+def _of_row(sample: CachedSample) -> list[Any]:
+    """What of a row every other one has likewise."""
+    shapes = [
+        (objective, teacher, target.shape)
+        for objective, targets in sample.targets.items()
+        if objective not in sample.of_references
+        for teacher, target in targets.items()
+    ]
+    return [sample.latents.shape, sample.text.shape[-1], *shapes]
+
+
+def _of_reference(sample: CachedSample) -> list[Any]:
+    """What of a row every other one that has references has likewise."""
+    shapes = [
+        (objective, teacher, target.shape[2:])
+        for objective, targets in sample.targets.items()
+        if objective in sample.of_references
+        for teacher, target in targets.items()
+    ]
+    tokens = None if sample.tokens is None else sample.tokens.shape[2:]
+    return [sample.references.shape[2:], tokens, *shapes]
+
+
+def _no_references(latents: Sequence[int]) -> Tensor:
+    """(1, 0, C, H, W) for a row whose latents are (C, F, H, W)."""
+    channels, _, height, width = latents
+    return torch.empty(1, 0, channels, height, width)
 
 
 def _padded(tensor: Tensor, length: int, value: int = 0) -> Tensor:

@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...alignment.objective import NAME
+from ...batch import REFERENCE
 from ...errors import ReadError, UserError, shorten
 from ...files import atomic_file, require_regular
 from ...hashes import file_digest, hash_of
 from ...json_files import parse_json, read_bytes, write_json
 from .options import ADDED, DTYPES
-from .parts import KEY, META_NAME, MISSING, NO_FILE
+from .parts import KEY, META_NAME, MISSING, NO_FILE, target_part
 
 LISTS = ("index", "files")
 """`<list>-<split>.jsonl`; the second is `freshness`'s."""
@@ -37,19 +39,26 @@ REMEDY = "run `refalign cache --config …`"
 
 @dataclass(frozen=True)
 class RowParts:
-    """Keys of a row's parts (see `PartStore`); `teachers` by teacher id, `tokens` None where all are kept."""
+    """Keys of a row's parts (see `PartStore`).
+
+    Attributes:
+        video, text: of the clip and the caption.
+        references: None of a row without any.
+        targets: objective -> teacher id -> key; in a line, "teachers" are reference alignment's.
+        tokens: None where all are kept.
+    """
 
     video: str
-    references: str
+    references: str | None
     text: str
-    teachers: dict[str, str]
+    targets: dict[str, dict[str, str]]
     tokens: str | None = None
 
     def files(self) -> list[tuple[str, str]]:
         """(part, key) of every file."""
         parts = [("video", self.video), ("references", self.references), ("text", self.text)]
-        parts += [("teacher", key) for key in self.teachers.values()]
-        return parts + ([("tokens", self.tokens)] if self.tokens else [])
+        parts += [(target_part(objective), key) for objective, keys in self.targets.items() for key in keys.values()]
+        return [(part, key) for part, key in (*parts, ("tokens", self.tokens)) if key is not None]
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,8 @@ class IndexEntry:
 
 
 NAME_LENGTH = 300
+MAX_TARGET_SIDES = 5
+"""Of one reference's or row's: with the two before it of references, no more than a part's file may have."""
 
 
 def index_path(cache_dir: str | Path, split: str) -> Path:
@@ -154,9 +165,17 @@ def read_index(cache_dir: str | Path, split: str, meta: dict[str, Any] | None = 
 
 
 def _values(entry: IndexEntry) -> dict[str, Any]:
-    values = asdict(entry)
-    if entry.parts.tokens is None:
-        del values["parts"]["tokens"]  # as it was before there were any
+    """A line, which holds what came later only where there is any: others are as they were before."""
+    values, parts = asdict(entry), entry.parts
+    others = {objective: keys for objective, keys in parts.targets.items() if objective != REFERENCE}
+    added = {"tokens": parts.tokens, "targets": others}
+    values["parts"] = {
+        "video": parts.video,
+        "references": parts.references,
+        "text": parts.text,
+        "teachers": parts.targets.get(REFERENCE, {}),
+        **{name: value for name, value in added.items() if value},
+    }
     if not entry.source:
         del values["source"]
     return values
@@ -168,20 +187,42 @@ def _entry(values: dict[str, Any]) -> IndexEntry:
     Raises:
         KeyError, TypeError, ValueError: it is none.
     """
-    parts = RowParts(**values["parts"])
+    parts = _parts(**values["parts"])
     shape, subjects = tuple(values["shape"]), tuple(values["subjects"])
     entry = IndexEntry(**{**values, "parts": parts, "shape": shape, "subjects": subjects})
-    keys = [entry.key, parts.video, parts.references, parts.text, *parts.teachers.values()]
-    wrong = [key for key in [*keys, *([parts.tokens] if parts.tokens is not None else [])] if not _is_key(key)]
+    wrong: list[Any] = [key for key in (entry.key, *(key for _, key in parts.files())) if not _is_key(key)]
     counts = {"line": (entry.line, 0), "variants": (entry.variants, 1), "source": (entry.source, 0)}
     wrong += [name for name, (value, least) in counts.items() if not _is_count(value, least)]
     if len(shape) != 4 or not all(_is_count(side, 1) for side in shape) or not isinstance(entry.file_name, str):
         wrong.append("shape or file_name")
-    if not subjects or not all(_is_count(number, 0) for number in subjects):
+    if (parts.references is None) != (not subjects) or not all(_is_count(number, 0) for number in subjects):
         wrong.append("subjects")
     if wrong:
         raise ValueError(f"a row's {shorten(wrong[0])}")
     return entry
+
+
+def _parts(
+    video: Any,
+    references: Any,
+    text: Any,
+    teachers: dict[str, Any],
+    tokens: Any = None,
+    targets: dict[str, dict[str, Any]] | None = None,
+) -> RowParts:
+    """The parts of a line, whose keys are still to be checked.
+
+    Raises:
+        TypeError, ValueError: it holds something else.
+    """
+    every = {**({REFERENCE: teachers} if teachers else {}), **(targets or {})}
+    if not all(isinstance(keys, dict) and NAME.fullmatch(objective) for objective, keys in every.items()):
+        raise ValueError("a row's targets")
+    if not isinstance(teachers, dict) or REFERENCE in (targets or {}):
+        raise ValueError("a row's teachers")
+    if video is None or text is None:
+        raise ValueError("a row's video or text")
+    return RowParts(video, references, text, every, tokens)
 
 
 def _is_key(value: Any) -> bool:
@@ -225,6 +266,10 @@ def write_meta(cache_dir: str | Path, meta: dict[str, Any]) -> None:
 def read_meta(cache_dir: str | Path) -> dict[str, Any]:
     """Read `meta.json`; options that it does not mention because they came later are those it was made with.
 
+    Returns:
+        What it says. "targets" are those of all objectives: what has them ("of": "references" or "video") and, by
+        teacher id, their shapes, None for sides that rows differ in.
+
     Raises:
         UserError: there is no cache, or it is damaged.
     """
@@ -239,7 +284,22 @@ def read_meta(cache_dir: str | Path) -> dict[str, Any]:
         raise UserError(f"cache_dir: {str(cache_dir)!r} was made by another version of this package; {REMEDY}")
     if not isinstance(meta, dict) or not _is_sealed(meta) or not _is_meta(meta):
         raise UserError(f"cache_dir: {str(path)!r} is damaged or edited; {REMEDY} to make it anew")
-    return {**meta, "options": {**ADDED, **meta["options"]}}
+    return {**meta, "options": {**ADDED, **meta["options"]}, "targets": _targets(meta)}
+
+
+def listed_targets(targets: dict[str, Any]) -> dict[str, Any]:
+    """What `meta.json` says of targets, see `read_meta`: reference alignment's are "teachers" with their widths, as
+    before there were others, and the others are there where there are any."""
+    teachers = targets.get(REFERENCE, {"shapes": {}})["shapes"]
+    others = {objective: facts for objective, facts in targets.items() if objective != REFERENCE}
+    widths = {name: shape[-1] for name, shape in teachers.items()}
+    return {"teachers": widths, **({"targets": others} if others else {})}
+
+
+def _targets(meta: dict[str, Any]) -> dict[str, Any]:
+    shapes = {name: [None, None, width] for name, width in meta["teachers"].items()}
+    references = {REFERENCE: {"of": "references", "shapes": shapes}} if shapes else {}
+    return {**references, **meta.get("targets", {})}
 
 
 def _is_sealed(meta: dict[str, Any]) -> bool:
@@ -260,8 +320,26 @@ def _is_meta(meta: dict[str, Any]) -> bool:
     return (
         _is_key(meta.get("empty_text"))
         and all(_is_count(width, 1) for width in meta["teachers"].values())
+        and _are_targets(meta.get("targets", {}))
         and _is_count(meta["options"].get("max_sequence_length"), 1)
         and isinstance(video, dict)
         and isinstance(video.get("dtype"), str)
         and video["dtype"] in DTYPES
     )
+
+
+def _are_targets(values: Any) -> bool:
+    return isinstance(values, dict) and all(
+        NAME.fullmatch(objective)
+        and objective != REFERENCE
+        and isinstance(value, dict)
+        and value.get("of") in ("references", "video")
+        and isinstance(value.get("shapes"), dict)
+        and all(map(_is_shape, value["shapes"].values()))
+        for objective, value in values.items()
+    )
+
+
+def _is_shape(value: Any) -> bool:
+    sides = isinstance(value, list) and 0 < len(value) <= MAX_TARGET_SIDES
+    return sides and all(side is None or _is_count(side, 1) for side in value) and value[-1] is not None
