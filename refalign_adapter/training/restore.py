@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..alignment.objective import Objective
+from ..alignment.schedule import AlignmentSchedule
 from ..batch import REFERENCE
 from ..branch.attach import ReferenceBranch
 from ..config_checks import MAX_NAME
@@ -56,11 +58,11 @@ def load_checkpoint(folder: Path, trained: Trained) -> tuple[Progress, dict[str,
     _check_heads(trained.objectives, heads, FIELD, folder)
     optimizer = _optimizer_state(trained, tensors, state, folder)
     with _damage_told(folder):
-        for objective in trained.objectives:
-            own = state.schedule if objective.name == REFERENCE else state.schedules[objective.name]
-            objective.schedule.load_state_dict(own)
+        schedules = [_schedule(objective, state) for objective in trained.objectives]
     _load_lora(trained.branch, lora)
     load_heads(trained.objectives, heads)
+    for objective, schedule in zip(trained.objectives, schedules, strict=True):
+        objective.schedule = schedule
     trained.optimizer.load_state_dict(optimizer)
     if trained.ema is not None:  # a run that had none starts its average here
         trained.ema.shadow_params = [
@@ -176,6 +178,17 @@ def _class_of(optimizer: str) -> type[torch.optim.Optimizer] | None:
         return find_optimizer(optimizer)
     except UserError:
         return None
+
+
+def _schedule(objective: Objective, state: CheckpointState) -> AlignmentSchedule:
+    """The schedule that the objective was trained with.
+
+    Raises:
+        KeyError, ConfigError: there is none, or one that cannot be.
+    """
+    schedule = copy.copy(objective.schedule)
+    schedule.load_state_dict(state.schedule if objective.name == REFERENCE else state.schedules[objective.name])
+    return schedule
 
 
 def _optimizer_state(
