@@ -5,7 +5,7 @@ The same as `accelerate launch -m refalign_adapter.cache`, and as `refalign cach
 
 import sys
 
-from refalign_adapter.commands.cache import main
+from refalign_adapter.cache import main
 
 if __name__ == "__main__":
     sys.exit(main())

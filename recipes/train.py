@@ -6,7 +6,7 @@ The same as `accelerate launch -m refalign_adapter.train`. To write a loop of yo
 
 import sys
 
-from refalign_adapter.commands.train import main
+from refalign_adapter.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

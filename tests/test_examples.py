@@ -106,6 +106,26 @@ def test_train_on_folder_writes_a_manifest_or_tells_what_is_missing(tmp_path):
         module.write_manifest(folder)
 
 
+def test_train_on_folder_reads_names_and_captions_as_they_come(tmp_path):
+    """One clip's name may begin another's; cameras write .MP4; Windows' editors put a mark before the text."""
+    module = load("train_on_folder")
+    for name in ("dog.mp4", "dog_2.mp4", "C.MP4", "dog_0.png", "dog_2_0.png", "C_0.PNG", "cat_0.png"):
+        (tmp_path / name).touch()
+    for name in ("dog", "dog_2", "C"):
+        (tmp_path / f"{name}.txt").write_text(f"this is {name}\n", encoding="utf-8-sig")
+    rows = [json.loads(line) for line in module.write_manifest(tmp_path).read_text().splitlines()]
+    assert {row["file_name"]: row["caption"] for row in rows} == {
+        "C.MP4": "this is C",
+        "dog.mp4": "this is dog",
+        "dog_2.mp4": "this is dog_2",
+    }
+    assert [[item["image"] for item in row["references"]] for row in rows] == [
+        ["C_0.PNG"],
+        ["dog_0.png"],
+        ["dog_2_0.png"],
+    ]
+
+
 @pytest.mark.slow
 def test_train_on_folder_trains(tmp_path):
     folder = own_clips(tmp_path / "clips")

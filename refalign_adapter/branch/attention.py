@@ -15,7 +15,9 @@ from ..errors import UserError
 from ..families.base import Family
 from .checkpointing import unwrap_checkpointing, wrap_checkpointing
 from .lora_scope import LoraScope
+from .processors import KeyValueProcessor, install
 from .reference_cache import ReferenceCache
+from .rewired import Rewired
 from .state import BranchState, Pass, References
 
 
@@ -46,6 +48,15 @@ class ReferenceAttention(ABC):
             transformer.register_forward_hook(self._end, with_kwargs=True, always_call=True, prepend=True),
         ]
         self._capture_handles: list[Any] = []
+        self._rewired: dict[type, Rewired] = {}
+
+    def install(self, block: nn.Module, *, ends: bool = False) -> KeyValueProcessor:
+        """Put a `KeyValueProcessor` in front of a block's self-attention; `ends` as there."""
+        attention: Any = self.family.self_attention(block)
+        kind = type(getattr(attention.processor, "base", attention.processor))
+        if kind not in self._rewired:
+            self._rewired[kind] = Rewired(kind)
+        return install(attention, KeyValueProcessor, self.family, ends, self._rewired[kind])
 
     def remove(self) -> None:
         """Take all hooks off."""

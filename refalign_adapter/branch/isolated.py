@@ -39,31 +39,25 @@ class IsolatedAttention(ReferenceAttention):
         super().__init__(*args)
         self.reference_frame, self.beyond = reference_frame, beyond
         self.processors: dict[nn.Module, KeyValueProcessor] = {}
-        self.skipped: dict[nn.Module, SkippedProcessor] = {}
+        self.skipped: dict[nn.Module, list[tuple[nn.Module, SkippedProcessor]]] = {}
         self._next: Pass | None = None
         self._places: tuple[Tensor, tuple[int, int]] | None = None
-        rotary = self.family.rotary_embedding(self.transformer)
-        self.handles.append(rotary.register_forward_hook(self._place))
+        if (rotary := self.family.rotary_embedding(self.transformer)) is not None:
+            self.handles.append(rotary.register_forward_hook(self._place))
         blocks = self.family.blocks(self.transformer)
         for index, block in enumerate(blocks):
             ends = index == len(blocks) - 1 and index not in self.capture_blocks
-            self._install(block, ends)
-
-    def _install(self, block: nn.Module, ends: bool) -> None:
-        attention: Any = self.family.self_attention(block)
-        self.processors[block] = KeyValueProcessor(attention.processor, self.family, ends)
-        install(attention, self.processors[block])
-        cross: Any = self.family.cross_attention(block)
-        if cross is not None:
-            self.skipped[block] = SkippedProcessor(cross.processor)
-            install(cross, self.skipped[block])
+            self.processors[block] = self.install(block, ends=ends)
+            self.skipped[block] = [
+                (cross, install(cross, SkippedProcessor)) for cross in self.family.cross_attentions(block)
+            ]
 
     def remove(self) -> None:
         super().remove()
         for block, processor in self.processors.items():
             uninstall(self.family.self_attention(block), processor)
-        for block, skipped in self.skipped.items():
-            uninstall(self.family.cross_attention(block), skipped)
+        for cross, skipped in (pair for pairs in self.skipped.values() for pair in pairs):
+            uninstall(cross, skipped)
 
     def cache(self, references: References, frames: int, grid: tuple[int, int] | None = None) -> ReferenceCache:
         if self.patch_size[0] != 1:
@@ -79,11 +73,9 @@ class IsolatedAttention(ReferenceAttention):
         clips = references.clips
         places = torch.arange(references.count, device=clips.device).expand(references.latents.shape[0], -1)
         self._next, self._places = current, (first + references.of_real(places), corner)
-        dtype = self.transformer.dtype
-        no_text = clips.new_zeros(len(clips), 1, self.family.text_width(self.transformer), dtype=dtype)
-        no_noise = torch.zeros(len(clips), device=clips.device)
+        arguments = self.family.reference_arguments(self.transformer, clips.to(self.transformer.dtype), *self._places)
         try:
-            self.transformer(**self.family.forward_arguments(clips.to(dtype), no_noise, no_text))
+            self.transformer(**arguments)
         finally:
             self._next = self._places = None
             written, current.written = current.written, []
@@ -108,18 +100,18 @@ class IsolatedAttention(ReferenceAttention):
         if current.writes:
             current.key_mask = _kept(current.references)
         else:
-            self._let_in(current, arguments.arguments[self.family.video_argument])
+            self._let_in(current, arguments.arguments)
         current.undo.callback(self._leave, current)
         for index, block in enumerate(self.processors):
             self._enter(current, index, block)
 
-    def _let_in(self, current: Pass, video: Tensor) -> None:
+    def _let_in(self, current: Pass, arguments: dict[str, Any]) -> None:
         """Give the video's pass the keys and values it reads."""
-        frames, rows, columns = (size // patch for size, patch in zip(video.shape[2:], self.patch_size, strict=True))
+        batch, frames, rows, columns = self.family.call_shape(self.transformer, arguments)
         cache, references = self.state.pending, current.references
         if references is not None:
-            if references.latents.shape[:2] != video.shape[:2]:
-                wanted, got = tuple(video.shape[:2]), tuple(references.latents.shape[:2])
+            wanted, got = (batch, self.family.channels(self.transformer)), tuple(references.latents.shape[:2])
+            if got != wanted:
                 raise UserError(f"references must fit the video's batch and channels {wanted}, got {got}")
             cache = self.cache(references, frames, (rows, columns))
         if not isinstance(cache, ReferenceCache):
@@ -134,13 +126,11 @@ class IsolatedAttention(ReferenceAttention):
                 f"references: cached for a video of {cache.grid[0]} x {cache.grid[1]} tokens (height x width), this "
                 f"one has {rows} x {columns}; encode them again for its size"
             )
-        if len(cache) not in (1, video.shape[0]):
-            raise UserError(f"references: cached for {len(cache)} samples, the video's batch has {video.shape[0]}")
-        current.cache = cache = cache if len(cache) == video.shape[0] else cache.repeat(video.shape[0])
+        if len(cache) not in (1, batch):
+            raise UserError(f"references: cached for {len(cache)} samples, the video's batch has {batch}")
+        current.cache = cache = cache if len(cache) == batch else cache.repeat(batch)
         if cache.mask is not None:
-            mask = cache.mask.to(video.device)
-            always = mask.new_ones(video.shape[0], frames * rows * columns)
-            current.key_mask = torch.cat([always, mask], 1)[:, None, None, :]
+            current.key_mask = cache.mask.to(self.transformer.device)[:, None, None, :]
 
     def _enter(self, current: Pass, index: int, block: nn.Module) -> None:
         """Have one block's processors do what they do in this pass."""
@@ -151,8 +141,7 @@ class IsolatedAttention(ReferenceAttention):
             processor.set(READ, current.cache.keys[index], current.cache.values[index], current.key_mask)
         else:
             processor.set(OFF)
-        if block in self.skipped:
-            self.skipped[block].mode = processor.mode
+        self._skip(block, processor.mode)
 
     def _leave(self, current: Pass) -> None:
         """Empty all slots; what a references' pass wrote goes to the pass."""
@@ -160,15 +149,23 @@ class IsolatedAttention(ReferenceAttention):
             current.written = [(processor.keys, processor.values) for processor in self.processors.values()]
         for processor in self.processors.values():
             processor.set(OFF)
-        for skipped in self.skipped.values():
-            skipped.mode = OFF
+        for block in self.skipped:
+            self._skip(block, OFF)
+
+    def _skip(self, block: nn.Module, mode: str) -> None:
+        for _, skipped in self.skipped[block]:
+            skipped.mode = mode
 
     @contextmanager
     def run_block(self, current: Pass, block: nn.Module) -> Iterator[None]:
         if self.state.is_running(current):
             yield  # all is set
             return
-        processor, skipped = self.processors[block], self.skipped.get(block)
+        if block not in self.processors:  # of text alone: nothing but the LoRA's scope matters in it
+            with self.state.running(current), self.scope.passing(block, current.writes):
+                yield
+            return
+        processor = self.processors[block]
         before = processor.mode, processor.keys, processor.values, processor.mask
         with self.state.running(current), self.scope.passing(block, current.writes):
             self._enter(current, list(self.processors).index(block), block)
@@ -176,11 +173,10 @@ class IsolatedAttention(ReferenceAttention):
                 yield
             finally:
                 processor.set(*before)
-                if skipped is not None:
-                    skipped.mode = processor.mode
+                self._skip(block, processor.mode)
 
     def captured(self, current: Pass, output: Any) -> Any:
-        return output if current.writes else None
+        return self.family.block_tokens(output) if current.writes else None
 
     def _place(self, rotary: nn.Module, args: tuple, output: Any) -> Any:
         """Rotary embeddings at the references' own places in place of the first frame's."""

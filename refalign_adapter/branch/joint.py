@@ -12,7 +12,8 @@ reference.
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .attention import ReferenceAttention
+from .processors import MASK, OFF, KeyValueProcessor, uninstall
 from .state import Pass
 
 
@@ -34,85 +36,74 @@ class JointAttention(ReferenceAttention):
     def __init__(self, *args: Any, clean: bool = False):
         super().__init__(*args)
         self.clean = clean
-        attention = self.family.self_attention(self.family.blocks(self.transformer)[0])
-        self.attention_arguments = list(inspect.signature(type(attention).forward).parameters)[1:]
+        self.processors: dict[nn.Module, KeyValueProcessor] = {}
         for block in self.family.blocks(self.transformer):
-            self._hook_block(block)
+            self.processors[block] = self.install(block)
+            for cross in self.family.cross_attentions(block):
+                self.handles.append(cross.register_forward_pre_hook(self._keep_video, with_kwargs=True))
+                self.handles.append(cross.register_forward_hook(self._pad_references))
 
-    def _hook_block(self, block: nn.Module) -> None:
-        attention = self.family.self_attention(block)
-        self.handles.append(attention.register_forward_pre_hook(self._mask_padding, with_kwargs=True))
-        if (cross := self.family.cross_attention(block)) is not None:
-            self.handles.append(cross.register_forward_pre_hook(self._keep_video))
-            self.handles.append(cross.register_forward_hook(self._pad_references))
+    def remove(self) -> None:
+        super().remove()
+        for block, processor in self.processors.items():
+            uninstall(self.family.self_attention(block), processor)
 
     def prepare(self, current: Pass, arguments: inspect.BoundArguments) -> None:
         references = current.references
         if references is None:
             return
-        video: Tensor = arguments.arguments[self.family.video_argument]
-        _check_fit(video, references.latents)
         if references.tokens is not None:
             raise UserError("tokens: joint attention takes whole references; isolated attention can leave some out")
-        frames, rows, columns = self.patch_size
-        tokens = (video.shape[3] // rows) * (video.shape[4] // columns)
-        current.tokens = references.count * tokens
-        of_video = video.shape[2] // frames * tokens
+        of_video, of_one = self.family.append_references(
+            self.transformer, arguments.arguments, references.latents, clean=self.clean
+        )
+        current.tokens = references.count * of_one
         if references.mask is not None:
-            shown = references.mask.repeat_interleave(tokens, 1)
-            always = shown.new_ones(video.shape[0], of_video)
+            shown = references.mask.repeat_interleave(of_one, 1)
+            always = shown.new_ones(len(shown), of_video)
             current.key_mask = torch.cat([always, shown], 1)[:, None, None, :]
-        if self.clean:
-            name = self.family.timestep_argument
-            timestep = self.family.clean_references(
-                arguments.arguments[name], video.shape[0], of_video, current.tokens
-            )
-            arguments.arguments[name] = timestep
-        arguments.arguments[self.family.video_argument] = torch.cat([video, references.latents.to(video)], 2)
+            current.undo.callback(self._mask, None)
+            self._mask(current.key_mask)
+
+    def _mask(self, mask: Tensor | None) -> None:
+        for processor in self.processors.values():
+            processor.set(OFF if mask is None else MASK, mask=mask)
 
     def finish(self, current: Pass, output: Any) -> Any:
         if current.references is None:
             return output
-        count = current.references.count
-        if isinstance(output, tuple):
-            return (output[0][:, :, :-count], *output[1:])
-        output.sample = output.sample[:, :, :-count]
-        return output
+        return self.family.cut_references(output, current.references.count, current.tokens)
 
-    def run_block(self, current: Pass, block: nn.Module) -> AbstractContextManager[None]:
-        return self.state.running(current)
+    @contextmanager
+    def run_block(self, current: Pass, block: nn.Module) -> Iterator[None]:
+        with self.state.running(current):
+            processor = self.processors.get(block)
+            if self.state.is_running(current) or processor is None or current.key_mask is None:
+                yield
+                return
+            processor.set(MASK, mask=current.key_mask)
+            try:
+                yield
+            finally:
+                processor.set(OFF)
 
     def captured(self, current: Pass, output: Any) -> Any:
         if current.references is None:
             return None
-        tokens = output[:, -current.tokens :].clone()  # a view would keep the video's tokens, offloaded or not
+        # A view would keep the video's tokens, offloaded or not.
+        tokens = self.family.block_tokens(output)[:, -current.tokens :].clone()
         return tokens.unflatten(1, (current.references.count, -1))
 
-    def _mask_padding(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        current = self.state.current
-        if current is None or current.key_mask is None:
-            return None
-        given = dict(zip(self.attention_arguments, args, strict=False))
-        return (), {**given, **kwargs, "attention_mask": current.key_mask}
-
-    def _keep_video(self, attention: nn.Module, args: tuple) -> Any:
+    def _keep_video(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         current = self.state.current
         if current is None or current.tokens == 0:
             return None
-        return args[0][:, : -current.tokens], *args[1:]
+        if args:
+            return (args[0][:, : -current.tokens], *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"][:, : -current.tokens]}
 
     def _pad_references(self, attention: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         current = self.state.current
         if current is None or current.tokens == 0:
             return None
         return F.pad(output, (0, 0, 0, current.tokens))
-
-
-def _check_fit(video: Tensor, latents: Tensor) -> None:
-    wanted = (video.shape[0], video.shape[1], *video.shape[3:])
-    got = (latents.shape[0], latents.shape[1], *latents.shape[3:])
-    if wanted != got:
-        raise UserError(
-            f"references must fit the video's batch, channels, height and width {wanted}, got {got}; "
-            "joint attention needs references on the video's own canvas"
-        )

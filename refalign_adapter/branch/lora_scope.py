@@ -118,8 +118,7 @@ def dead_layers(transformer: Any, family: Family, align_blocks: tuple[int, ...])
         if index == len(blocks) - 1 and index not in align_blocks:
             live |= {part for layer in family.key_value_layers(block) for part in layer.modules()}
             continue
-        cross = family.cross_attention(block)
-        live |= set(block.modules()) - set(cross.modules() if cross is not None else ())
+        live |= set(block.modules()) - {part for other in family.text_modules(block) for part in other.modules()}
     return [
         name.removesuffix(".base_layer")  # of a layer that has another LoRA
         for name, module in transformer.named_modules()

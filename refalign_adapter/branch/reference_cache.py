@@ -74,11 +74,24 @@ class ReferenceCache:
         """Where it lies."""
         return self.keys[0].device
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ReferenceCache:
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> ReferenceCache:
         """A copy elsewhere or in another type, itself where nothing changes.
 
         On the CPU it takes no GPU memory, and every block of every pass fetches its share.
+
+        Args:
+            device: where to, or, as with tensors, the type in its place.
+            dtype: of keys and values.
+
+        Raises:
+            UserError: two types.
         """
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise UserError(f"dtype: given twice, {device} and {dtype}; give a device and a dtype")
+            device, dtype = None, device
         return self._map(lambda tensor: tensor.to(device, dtype), lambda mask: mask.to(device))
 
     def repeat(self, times: int) -> ReferenceCache:

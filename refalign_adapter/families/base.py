@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+import torch
 from diffusers import __version__ as diffusers_version
 from packaging.version import Version
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class Family(ABC):
     transformer_classes: tuple[str, ...]
     pipeline_class: str
     max_text_tokens: int = 512
+    text_first: bool = False
     video_argument: str = "hidden_states"
     timestep_argument: str = "timestep"
     text_arguments: tuple[str, ...] = ("encoder_hidden_states",)
@@ -63,35 +65,35 @@ class Family(ABC):
 
     @abstractmethod
     def self_attention(self, block: Any) -> nn.Module:
-        """The block's self-attention; its forward has an `attention_mask` argument and calls its `processor`."""
+        """The block's self-attention, which calls its `processor`; text tokens may share it."""
 
     @abstractmethod
-    def cross_attention(self, block: Any) -> nn.Module | None:
-        """The block's attention to the text, or None."""
+    def cross_attentions(self, block: Any) -> list[nn.Module]:
+        """The block's attentions of video tokens to something else, such as the text; references skip them."""
+
+    def text_modules(self, block: Any) -> list[nn.Module]:
+        """The block's modules that no video token's keys, values or features come from."""
+        return self.cross_attentions(block)
+
+    def block_tokens(self, output: Any) -> Tensor:
+        """The video tokens (B, tokens, dim) of what a block returns."""
+        return output[0] if isinstance(output, tuple) else output
 
     @abstractmethod
     def key_value_layers(self, block: Any) -> list[nn.Module]:
         """The linear layers of the block's self-attention that make keys and values."""
 
     @abstractmethod
-    def attention_inputs(self, attention: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values as attended to, (B, tokens, heads, head_dim), from what a block hands to its
-        self-attention's processor."""
+    def rotary_embedding(self, transformer: Any) -> nn.Module | None:
+        """The module that makes rotary embeddings of the latents it is called with; None: positions are arguments of
+        the transformer, which `reference_arguments` makes."""
 
-    @abstractmethod
-    def attention_output(self, attention: Any, attended: Tensor) -> Tensor:
-        """What self-attention returns for the attended values (B, tokens, heads · head_dim)."""
-
-    @abstractmethod
-    def rotary_embedding(self, transformer: Any) -> nn.Module:
-        """The module that makes rotary embeddings of the latents it is called with."""
-
-    @abstractmethod
     def rotary_at(self, transformer: Any, latents: Tensor, frames: Tensor, corner: tuple[int, int] = (0, 0)) -> Any:
         """What that module returns, for one-frame latents (R, C, 1, H, W) whose temporal indices are `frames` (R,) and
         whose rows and columns of tokens begin at `corner`; from -1 on and however large.
 
         The values of `frames` are not read, so that a GPU is not waited for."""
+        raise NotImplementedError
 
     @abstractmethod
     def hidden_size(self, transformer: Any) -> int:
@@ -113,14 +115,69 @@ class Family(ABC):
     def forward_arguments(self, latents: Tensor, sigmas: Tensor, text: Tensor) -> dict[str, Any]:
         """Keyword arguments of the transformer: latents (B, C, F, H, W), sigmas (B,) in [0, 1], text (B, S, D)."""
 
-    def clean_references(self, timestep: Tensor, batch: int, tokens: int, references: int) -> Tensor:
-        """The timestep argument of a call whose references are at timestep 0, in joint attention.
+    def channels(self, transformer: Any) -> int:
+        """C, of its latents."""
+        return transformer.config.in_channels
+
+    def call_shape(self, transformer: Any, arguments: Mapping[str, Any]) -> tuple[int, int, int, int]:
+        """Batch, and frames, rows and columns in tokens, of a call's arguments."""
+        video = arguments[self.video_argument]
+        frames, rows, columns = (
+            size // patch for size, patch in zip(video.shape[2:], self.patch_size(transformer), strict=True)
+        )
+        return video.shape[0], frames, rows, columns
+
+    def reference_arguments(
+        self, transformer: Any, clips: Tensor, frames: Tensor, corner: tuple[int, int] = (0, 0)
+    ) -> dict[str, Any]:
+        """A call on references alone, without noise or text.
 
         Args:
-            timestep: as it was given.
+            transformer: the DiT.
+            clips: (R, C, 1, h, w), each a clip of one latent frame.
+            frames, corner: their places, see `rotary_at`; what that module does need not be done here.
+        """
+        text = clips.new_zeros(len(clips), 1, self.text_width(transformer))
+        return self.forward_arguments(clips, torch.zeros(len(clips), device=clips.device), text)
+
+    def append_references(
+        self, transformer: Any, arguments: dict[str, Any], references: Tensor, *, clean: bool
+    ) -> tuple[int, int]:
+        """Change a call's arguments so that references (B, C, M, h, w) ride along as further frames.
+
+        Args:
+            transformer: the DiT.
+            arguments: by name, changed in place.
+            references: of the video's height and width.
+            clean: whether their tokens are at timestep 0 instead of the video's.
+
+        Returns:
+            Tokens of the video, which come first, and of one reference.
+
+        Raises:
+            UserError: references of another size, or a model that takes one timestep per sample only.
+        """
+        video = arguments[self.video_argument]
+        check_fit(video, references)
+        batch, frames, rows, columns = self.call_shape(transformer, arguments)
+        of_video, of_one = frames * rows * columns, rows * columns
+        timestep = arguments.get(self.timestep_argument)
+        if clean or (isinstance(timestep, Tensor) and timestep.ndim == 2):
+            arguments[self.timestep_argument] = self.reference_timestep(
+                timestep, batch, of_video, references.shape[2] * of_one, clean=clean
+            )
+        arguments[self.video_argument] = torch.cat([video, references.to(video)], 2)
+        return of_video, of_one
+
+    def reference_timestep(self, timestep: Any, batch: int, tokens: int, references: int, *, clean: bool) -> Tensor:
+        """The timestep argument, one for each token, of a call whose references ride along.
+
+        Args:
+            timestep: as it was given: one for all, for each sample or for each token.
             batch: B.
             tokens: of the video, first in the sequence.
             references: tokens of the references, after them.
+            clean: whether those are at timestep 0; else at that of the sample's last token.
 
         Raises:
             UserError: this family takes one timestep per sample only.
@@ -129,6 +186,13 @@ class Family(ABC):
             f"reference_timestep: {self.key!r} takes one timestep per sample, which references share with the video; "
             "use 'video'"
         )
+
+    def cut_references(self, output: Any, count: int, tokens: int) -> Any:
+        """The transformer's output without what `count` references, of `tokens` tokens in all, added to it."""
+        if isinstance(output, tuple):
+            return (output[0][:, :, :-count], *output[1:])
+        output.sample = output.sample[:, :, :-count]
+        return output
 
     @abstractmethod
     def load_transformer(self, name: str, **options: Any) -> nn.Module:
@@ -181,6 +245,20 @@ class Family(ABC):
     @abstractmethod
     def flow_shift(self, scheduler: Any) -> float:
         """The timestep shift the model's scheduler is configured with."""
+
+
+def check_fit(video: Tensor, references: Tensor) -> None:
+    """Compare latents (B, C, F, H, W) with references (B, C, M, h, w) that are to ride along.
+
+    Raises:
+        UserError: another batch, other channels or another size.
+    """
+    wanted, got = ((item.shape[0], item.shape[1], *item.shape[3:]) for item in (video, references))
+    if wanted != got:
+        raise UserError(
+            f"references must fit the video's batch, channels, height and width {wanted}, got {got}; "
+            "joint attention needs references on the video's own canvas"
+        )
 
 
 def loading_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -60,18 +60,11 @@ class WanFamily(Family):
     def self_attention(self, block: Any) -> nn.Module:
         return block.attn1
 
-    def cross_attention(self, block: Any) -> nn.Module | None:
-        return block.attn2
+    def cross_attentions(self, block: Any) -> list[nn.Module]:
+        return [block.attn2]
 
     def key_value_layers(self, block: Any) -> list[nn.Module]:
         return [block.attn1.to_k, block.attn1.to_v]
-
-    def attention_inputs(self, attention: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _self_attention_inputs(attention, *args, **kwargs)
-
-    def attention_output(self, attention: Any, attended: Tensor) -> Tensor:
-        linear, dropout = attention.to_out
-        return dropout(linear(attended))
 
     def rotary_embedding(self, transformer: Any) -> nn.Module:
         return transformer.rope
@@ -119,9 +112,10 @@ class WanFamily(Family):
             "return_dict": False,
         }
 
-    def clean_references(self, timestep: Tensor, batch: int, tokens: int, references: int) -> Tensor:
+    def reference_timestep(self, timestep: Any, batch: int, tokens: int, references: int, *, clean: bool) -> Tensor:
         of_video = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1).expand(batch, tokens)
-        return torch.cat([of_video, of_video.new_zeros(batch, references)], 1)
+        of_references = of_video[:, -1:].expand(-1, references)
+        return torch.cat([of_video, torch.zeros_like(of_references) if clean else of_references], 1)
 
     def load_transformer(self, name: str, **options: Any) -> nn.Module:
         from diffusers import WanTransformer3DModel
@@ -176,43 +170,6 @@ def _angles(positions: Tensor, channels: int) -> Tensor:
     dtype = torch.float32 if positions.device.type == "mps" else torch.float64
     turns = torch.arange(0, channels, 2, dtype=dtype, device=positions.device) / channels
     return torch.outer(positions.to(dtype), 1.0 / (THETA**turns))
-
-
-def _self_attention_inputs(
-    attention: Any,
-    hidden_states: Tensor,
-    encoder_hidden_states: None = None,
-    attention_mask: None = None,
-    rotary_emb: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if attention.fused_projections:
-        query, key, value = attention.to_qkv(hidden_states).chunk(3, -1)
-    else:
-        query, key, value = attention.to_q(hidden_states), attention.to_k(hidden_states), attention.to_v(hidden_states)
-    heads = attention.heads, -1
-    query = attention.norm_q(query).unflatten(2, heads)
-    key = attention.norm_k(key).unflatten(2, heads)
-    if rotary_emb is not None:
-        query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
-    return query, key, value.unflatten(2, heads)
-
-
-def _rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn neighbouring channels of (B, tokens, heads, head_dim) by angles whose cosine and sine stand there twice.
-
-    As a product of complex numbers it takes a sixth of the time on the CPU, with the same result; torch.compile fuses
-    the other form and cannot compile this one.
-    """
-    cosine, sine = cosine[..., 0::2], sine[..., 1::2]
-    dtype = torch.promote_types(states.dtype, cosine.dtype)
-    if dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
-        pairs = torch.view_as_complex(states.to(dtype).unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * torch.complex(cosine, sine)).flatten(-2).type_as(states)
-    even, odd = states[..., 0::2], states[..., 1::2]
-    turned = torch.empty_like(states)
-    turned[..., 0::2] = even * cosine - odd * sine
-    turned[..., 1::2] = even * sine + odd * cosine
-    return turned
 
 
 FAMILY = WanFamily()

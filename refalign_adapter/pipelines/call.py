@@ -32,6 +32,7 @@ LOOP = ("_guidance_scale", "_attention_kwargs", "_current_timestep", "_interrupt
 class ReferenceCall(ReferencePipeline):
     """Mixed into a diffusers pipeline class, in front of it; `reference_class` does that."""
 
+    scheduler: Any
     stock: type
     _guide: GuidedCalls | None = None
 
@@ -74,7 +75,7 @@ class ReferenceCall(ReferencePipeline):
         Raises:
             UserError: bad input, in one line per problem, before any model runs.
         """
-        stock = super().__call__
+        stock = super().__call__  # type: ignore[misc]  # of the diffusers pipeline
         bound = inspect.signature(stock).bind(prompt, *args, **kwargs)
         if not self._has_branch():
             if reference_images is not None or reference_cache is not None:

@@ -33,6 +33,7 @@ from torch import Tensor
 from ..errors import ConfigError, shorten
 
 ALL_STEPS = (0.0, 1.0)
+INTERVAL = "guidance_interval must be two shares of the steps, start below stop, both in [0, 1]"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def check_scales(
     ]
     interval = list(guidance_interval) if isinstance(guidance_interval, list | tuple) else []
     if len(interval) != 2 or not all(isinstance(value, int | float) for value in interval):
-        problems.append(f"guidance_interval must be two shares of the steps, got {shorten(guidance_interval)}")
+        problems.append(f"{INTERVAL}, got {shorten(guidance_interval)}")
     if problems:
         raise ConfigError(problems)
     if not (math.isfinite(guidance_scale) and guidance_scale >= 1):
@@ -110,10 +111,7 @@ def check_scales(
             f"got {image_guidance_scale}"
         )
     if not 0 <= interval[0] < interval[1] <= 1:
-        problems.append(
-            "guidance_interval must be two shares of the steps, start below stop, both in [0, 1], "
-            f"got {tuple(guidance_interval)}"
-        )
+        problems.append(f"{INTERVAL}, got {tuple(guidance_interval)}")
     if problems:
         raise ConfigError(problems)
 

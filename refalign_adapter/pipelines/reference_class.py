@@ -18,7 +18,8 @@ def reference_class(stock: type) -> type:
     if issubclass(stock, ReferenceCall):
         return stock
     name = stock.__name__.removesuffix("Pipeline") + "ReferencePipeline"
-    made = type(name, (ReferenceCall, stock), {"__module__": __name__, "__call__": _documented(stock), "stock": stock})
+    own = {"__call__": _documented(stock), "encode_prompt": _with_signature(stock), "stock": stock}
+    made = type(name, (ReferenceCall, stock), {"__module__": __name__, **own})
     made.__doc__ = f"`{stock.__name__}` that takes reference images; `load_adapter` makes it from one."
     return made
 
@@ -60,7 +61,17 @@ def _documented(stock: Any) -> Any:
     return __call__
 
 
+def _with_signature(stock: Any) -> Any:
+    """The encoding of prompts under the stock pipeline's signature, by which callers find out what it takes."""
+
+    @functools.wraps(stock.encode_prompt)
+    def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return ReferenceCall.encode_prompt(self, *args, **kwargs)
+
+    return encode_prompt
+
+
 def revive(stock: type) -> Any:
     """An empty reference pipeline, for copies and pickles: its class is made at run time."""
     cls = reference_class(stock)
-    return cls.__new__(cls)
+    return object.__new__(cls)

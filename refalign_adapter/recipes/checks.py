@@ -95,11 +95,8 @@ def _optimizer_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _length_problems(recipe: Recipe) -> Iterator[Problem]:
-    lengths = {
-        ("lr_warmup_steps",): recipe.lr_warmup_steps,
-        ("alignment.warmup_steps",): recipe.alignment.warmup_steps,
-    }
-    for (name,), steps in lengths.items():
+    rises = {"lr_warmup_steps": recipe.lr_warmup_steps, "alignment.warmup_steps": recipe.alignment.warmup_steps}
+    for name, steps in rises.items():
         if steps > recipe.max_train_steps:
             yield (
                 (name, "max_train_steps"),
@@ -129,8 +126,22 @@ def _output_problems(recipe: Recipe) -> Iterator[Problem]:
             ("sample_steps", "sample_prompts"),
             f"sample_steps is {recipe.sample_steps}, but sample_prompts is empty; list what to make",
         )
+    if recipe.sample_steps:
+        yield from _sample_problems(recipe)
     if recipe.push_to_hub and not recipe.hub_model_id:
         yield ("hub_model_id", "push_to_hub"), "hub_model_id must be set with push_to_hub, got null; give user/name"
+
+
+def _sample_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What the pipeline would refuse at the first sampling, hours into the run."""
+    if not any(sample.references for sample in recipe.sample_prompts):
+        return
+    from ..pipelines.base import MAX_REFERENCES  # takes diffusers to import
+
+    for index, sample in enumerate(recipe.sample_prompts):
+        if (count := len(sample.references)) > MAX_REFERENCES:
+            field = f"sample_prompts.{index}.references"
+            yield (field,), f"{field}: {count} images are too many, at most {MAX_REFERENCES}; leave some out"
 
 
 def _unknown_optimizer(recipe: Recipe) -> Iterator[Problem]:

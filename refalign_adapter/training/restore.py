@@ -145,31 +145,50 @@ def _check_finite(*states: dict[str, Tensor]) -> None:
             raise UserError(f"{name} holds what is no number")
 
 
-def _check_kinds(trained: Trained, state: CheckpointState, folder: Path) -> None:
-    """Refuse the state of another optimizer, or of a run with an objective in one without it and the reverse."""
-    way_out = f"or start anew from its weights with init_adapter={str(folder / ADAPTER)!r} and another output_dir"
-    before, now = state.run.get("optimizer"), type(trained.optimizer)
+def check_optimizer(optimizer: type, state: CheckpointState, folder: Path) -> None:
+    """Refuse the state of another optimizer.
+
+    Args:
+        optimizer: the class that is to go on with it.
+        state: a checkpoint's; older ones do not say what they are of.
+        folder: where it lies.
+
+    Raises:
+        UserError: it is another's; with the way out.
+    """
+    before = state.run.get("optimizer")
     if not isinstance(before, str | None) or len(before or "") > MAX_NAME:
         raise damaged(folder, f"its optimizer is {shorten(before)}")
-    if before is not None and _class_of(before) is not now:
+    if before is not None and _class_of(before) is not optimizer:
         raise UserError(
-            f"{FIELD}: {str(folder)!r} has the state of optimizer {before!r}, this recipe's is {now.__name__}; set "
-            f"optimizer={before}, {way_out}"
+            f"{FIELD}: {str(folder)!r} has the state of optimizer {before!r}, this recipe's is {optimizer.__name__}; "
+            f"set optimizer={before}, {_anew(folder)}"
         )
+
+
+def _anew(folder: Path) -> str:
+    return f"or start anew from its weights with init_adapter={str(folder / ADAPTER)!r} and another output_dir"
+
+
+def _check_kinds(trained: Trained, state: CheckpointState, folder: Path) -> None:
+    """Refuse the state of another optimizer, or of a run with an objective in one without it and the reverse."""
+    check_optimizer(type(trained.optimizer), state, folder)
     there = {objective_of(name.removeprefix(HEADS)) for name in state.optimizer if name.startswith(HEADS)}
     ours = {objective_of(name) for name in heads_state(trained.objectives)}
     for name in sorted(there ^ ours):
         then, here = ("with", "without") if name in there else ("without", "with")
-        what, remedy = f"objective {shorten(name)}", "train with the objectives it was trained with"
-        if name == REFERENCE:
-            what = "alignment"
-            remedy = (
-                "make alignment.weight and adapter.align_layers what they were (cutoff_step ends the alignment at "
-            )
-            remedy += "a step)"
+        what, remedy = _told(name)
         raise UserError(
-            f"{FIELD}: {str(folder)!r} was trained {then} {what}, this recipe is {here} it; {remedy}, {way_out}"
+            f"{FIELD}: {str(folder)!r} was trained {then} {what}, this recipe is {here} it; {remedy}, {_anew(folder)}"
         )
+
+
+def _told(objective: str) -> tuple[str, str]:
+    """What an objective is called, and how a run has it again."""
+    if objective == REFERENCE:
+        fields = "alignment.weight and adapter.align_layers"
+        return "alignment", f"make {fields} what they were (cutoff_step ends the alignment at a step)"
+    return f"objective {shorten(objective)}", "train with the objectives it was trained with"
 
 
 def _class_of(optimizer: str) -> type[torch.optim.Optimizer] | None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ..errors import UserError, shorten
 from ..recipes.file import changes
-from ..recipes.optimizers import build_scheduler
+from ..recipes.optimizers import build_scheduler, find_optimizer
 from ..recipes.schema import Recipe
 from .checkpoint_files import check_whole, find_checkpoint, list_checkpoints, read_rows, read_state, step_of
-from .restore import load_checkpoint
+from .restore import check_optimizer, load_checkpoint
 from .setup import Run
 from .tracking import say
 
@@ -36,10 +36,13 @@ def starting_point(recipe: Recipe, output_dir: Path, told: Callable[[str], None]
         told: gets a line about damaged checkpoints that are passed over.
 
     Raises:
-        UserError: no such checkpoint, or checkpoints of another run in the way, which would be taken for this one's.
+        UserError: no such checkpoint, one with the state of another optimizer, or checkpoints of another run in the
+            way, which would be taken for this one's.
     """
     which = recipe.resume_from_checkpoint
     folder = find_checkpoint(output_dir, which, told)
+    if folder is not None:  # before the base is loaded, which takes minutes
+        check_optimizer(find_optimizer(recipe.optimizer), read_state(folder), folder)
     if which == "latest":  # what is later is damaged
         return folder
     step = read_state(folder).step if folder is not None else 0

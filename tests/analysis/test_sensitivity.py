@@ -65,6 +65,20 @@ def test_rows_without_references_say_nothing(branch):
     assert beside.true == pytest.approx(alone.true, abs=1e-5)
 
 
+def test_none_is_zeros_where_the_adapter_has_them_in_their_place():
+    config = RefAlignConfig(r=4, lora_alpha=4, align_layers=1, null_reference="zeros")
+    branch = attach(tiny_transformer(num_layers=2), config, seed=0)
+    samples = make_samples([2, 2])
+    result = reference_sensitivity(branch, samples, sigmas=(0.5,), seed=0)
+    zeros = [
+        naive_loss(branch, item, torch.zeros_like(item.references[0]), row, (0.5,), 0)
+        for row, item in enumerate(samples)
+    ]
+    absent = [naive_loss(branch, item, None, row, (0.5,), 0) for row, item in enumerate(samples)]
+    assert sorted(result.rows[:, 3].tolist()) == pytest.approx(sorted(zeros), abs=1e-5)
+    assert min(abs(one - other) for one, other in zip(zeros, absent, strict=True)) > 1e-4
+
+
 def test_shuffled_takes_another_row_with_as_many_references(branch):
     samples = make_samples([2, 1, 2, 1])  # two groups of two rows: each borrows from the other one
     result = reference_sensitivity(branch, samples, sigmas=(0.5,), seed=0)

@@ -106,6 +106,7 @@ def test_a_sample_of_a_batch_gets_what_it_gets_alone_and_without_references_noth
     ids=["one", "a sample", "a token"],
 )
 def test_a_timestep_in_any_of_its_forms(timestep):
-    got = WanFamily().clean_references(timestep, 2, 4, 3)
-    assert got.tolist() == [[700] * 4 + [0] * 3] * 2
-    assert got.dtype == timestep.dtype
+    for clean, of_references in ((True, 0), (False, 700)):
+        got = WanFamily().reference_timestep(timestep, 2, 4, 3, clean=clean)
+        assert got.tolist() == [[700] * 4 + [of_references] * 3] * 2
+        assert got.dtype == timestep.dtype

@@ -157,6 +157,13 @@ def test_moving_and_casting(made):
     assert cache.to("cpu") is not None
     assert cache.to(dtype=torch.bfloat16).nbytes * 2 == cache.nbytes
     assert cache.to("meta").device.type == "meta"
+    for half in (cache.to(torch.float16), cache.to("cpu", torch.float16)):
+        assert {tensor.dtype for tensor in (*half.keys, *half.values)} == {torch.float16}
+        assert torch.equal(half.mask, cache.mask)
+    with pytest.raises(
+        ra.UserError, match=r"^dtype: given twice, torch\.float16 and torch\.float32; give a device and"
+    ):
+        cache.to(torch.float16, torch.float32)
 
 
 def test_nothing_real_gives_none(made):

@@ -5,9 +5,11 @@ import warnings
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from tiny_models import save_tiny_pipeline, tiny_pipeline
 
 import refalign_adapter as ra
+from refalign_adapter.branch.rewired import Rewired
 from refalign_adapter.families.base import known_families, load_family, loading_options
 
 PIPELINES = {"wan": tiny_pipeline}
@@ -102,25 +104,35 @@ def forward(family, transformer, latents):
     return lambda: transformer(**arguments)
 
 
+class Watched:
+    """In the place of a processor's attention: what it was called with."""
+
+    def __init__(self):
+        self.seen = []
+
+    def attend(self, *parts, **options):
+        self.seen.append(parts)
+        return dispatch_attention_fn(*parts, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_self_attention_taken_apart_and_put_together_is_the_processors_own(case, dtype):
+def test_self_attention_is_rewired_without_changing_a_bit(case, dtype):
     family, pipe = case
     transformer = pipe.transformer
     latents = torch.randn(2, transformer.config.in_channels, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     attention = family.self_attention(family.blocks(transformer)[1])
-    run = forward(family, transformer, latents)
-    args, kwargs, output = calls_of(attention, run)[0]
+    args, kwargs, _ = calls_of(attention, forward(family, transformer, latents))[0]
     attention = copy.deepcopy(attention).to(dtype)
     args = [value.to(dtype) if torch.is_tensor(value) else value for value in args]
+    rewired = Rewired(type(attention.processor))
+    rewired.slot = watched = Watched()
     with torch.no_grad():
-        query, key, value = family.attention_inputs(attention, *args, **kwargs)
-        assert query.shape == key.shape == value.shape
-        assert query.shape[2] * query.shape[3] == family.hidden_size(transformer)
-        parts = (part.transpose(1, 2) for part in (query, key, value))
-        attended = torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
-        got, expected = family.attention_output(attention, attended), attention(*args, **kwargs)
-    assert got.dtype == expected.dtype == dtype
-    torch.testing.assert_close(got, expected, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=1e-2)
+        expected, got = attention(*args, **kwargs), rewired.call(attention.processor, attention, *args, **kwargs)
+    assert torch.equal(got, expected)
+    (parts,) = watched.seen
+    query, key, value = parts
+    assert query.shape == key.shape == value.shape
+    assert query.shape[2] * query.shape[3] == family.hidden_size(transformer)
 
 
 def test_keys_and_values_come_from_the_declared_layers(case):
@@ -131,12 +143,15 @@ def test_keys_and_values_come_from_the_declared_layers(case):
     attention = family.self_attention(block)
     assert {id(layer) for layer in layers} < {id(module) for module in attention.modules()}
     tokens = torch.randn(1, 6, family.hidden_size(transformer), generator=torch.Generator().manual_seed(0))
+    rewired = Rewired(type(attention.processor))
+    rewired.slot = watched = Watched()
     with torch.no_grad():
-        before = family.attention_inputs(attention, tokens)
+        rewired.call(attention.processor, attention, tokens)
         handles = [layer.register_forward_hook(lambda _, __, output: output * 0) for layer in layers]
-        after = family.attention_inputs(attention, tokens)
+        rewired.call(attention.processor, attention, tokens)
     for handle in handles:
         handle.remove()
+    before, after = watched.seen
     assert torch.equal(before[0], after[0])
     assert not any(part.any() for part in after[1:])
 

@@ -118,7 +118,15 @@ def test_leftovers_go_and_a_video_that_is_not_finite_is_named(given, prompts, tm
     out.mkdir()
     (out / ".a.999999999.tmp.mp4").touch()
     frames = np.full((1, 5, 32, 48, 3), np.nan, np.float32)
-    monkeypatch.setattr(generate, "load_pipeline", lambda *_: lambda *_, **__: type("Made", (), {"frames": frames}))
+
+    class Pipe:
+        def __call__(self, *_, **__):
+            return type("Made", (), {"frames": frames})
+
+        def set_progress_bar_config(self, **_):
+            pass
+
+    monkeypatch.setattr(generate, "load_pipeline", lambda *_: Pipe())
     with pytest.raises(ra.UserError, match="^a: its video is not finite, and is not written") as caught:
         generate_many(given, prompts, out)
     assert "\n" not in str(caught.value)

@@ -94,7 +94,7 @@ def test_a_bar_for_each_video_on_a_terminal_alone(given, prompts, tmp_path, monk
     monkeypatch.setattr(sys, "stderr", told)
     generate_many(given, prompts, tmp_path / "out")
     bars = re.findall(r"(video_\d): 100%", told.getvalue())
-    assert bars == (["video_0", "video_1", "video_2"] if terminal else [])
+    assert list(dict.fromkeys(bars)) == (["video_0", "video_1", "video_2"] if terminal else [])
     assert terminal or told.getvalue() == ""
 
 

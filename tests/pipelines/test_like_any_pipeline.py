@@ -169,7 +169,7 @@ def test_guidance_follows_what_a_callback_sets(either, scale):
         ),
         ({"guidance_scale": None}, "guidance_scale must be a number, got None"),
         ({"image_guidance_scale": "5"}, "image_guidance_scale must be a number, got '5'"),
-        ({"guidance_interval": 0.5}, "guidance_interval must be two shares of the steps, got 0.5"),
+        ({"guidance_interval": 0.5}, "guidance_interval must be two shares of the steps, .* got 0.5"),
         ({"num_frames": 5.0}, "num_frames must be a whole number, got 5.0"),
         ({"height": None}, "height must be a whole number, got None"),
         ({"num_inference_steps": 2.0}, "num_inference_steps must be a whole number of at least 1, got 2.0"),

@@ -111,6 +111,24 @@ def test_sample_prompts_are_checked_one_by_one(recipe_file):
     ]
 
 
+def test_more_references_than_a_prompt_may_have_are_refused_at_the_start(recipe_file):
+    many, fits = ("[" + ", ".join(["a.png"] * count) + "]" for count in (9, 8))
+    text = f"sample_steps: 1\nsample_prompts: [{{prompt: a, references: {many}}}, {{prompt: b, references: {fits}}}]\n"
+    assert problems(recipe_file(text)) == [
+        "sample_prompts.0.references: 9 images are too many, at most 8; leave some out"
+    ]
+    load_recipe(recipe_file(text), ["sample_steps=null"])
+
+
+@pytest.mark.parametrize("name", ["lr_warmup_steps", "alignment.warmup_steps"])
+def test_no_warm_up_is_longer_than_the_run(recipe_file, name):
+    given = ["max_train_steps=10", "lr_scheduler=constant_with_warmup"]
+    load_recipe(recipe_file(), [*given, f"{name}=10"])
+    assert problems(recipe_file(), *given, f"{name}=11") == [
+        f"{name} is 11, beyond max_train_steps (10): the run would end while it rises; lower it"
+    ]
+
+
 def test_what_the_machine_lacks(recipe_file, monkeypatch):
     monkeypatch.setattr("refalign_adapter.recipes.checks.find_spec", lambda name: None)
     monkeypatch.setattr(optimizers, "find_spec", lambda name: None)

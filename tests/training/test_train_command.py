@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -211,6 +212,20 @@ def test_checkpoints_of_another_run_are_not_mixed_with_this_ones(make_recipe, tm
         train(make_recipe(f"resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-1'}"))
     train(make_recipe("max_train_steps=3", "resume_from_checkpoint=latest"))
     assert list_checkpoints(tmp_path / "out")[-1].name == "checkpoint-3"
+
+
+def test_a_checkpoint_of_another_optimizer_is_told_before_the_base_is_loaded(make_recipe, capsys):
+    train(make_recipe("max_train_steps=1", "checkpointing_steps=1", "optimizer=adamw"))
+    capsys.readouterr()
+    given = ["resume_from_checkpoint=latest", "pretrained_model_name_or_path=nowhere"]
+    with pytest.raises(UserError) as caught:
+        train(make_recipe(*given, "optimizer=sgd"))
+    assert re.fullmatch(
+        "resume_from_checkpoint: '.*checkpoint-1' has the state of optimizer 'adamw', this recipe's is SGD; set "
+        "optimizer=adamw, or start anew from its weights with init_adapter='.*adapter' and another output_dir",
+        str(caught.value),
+    )
+    assert "changed since then" not in "".join(capsys.readouterr())
 
 
 def test_precision_of_recipe_and_launcher_must_agree(make_recipe, monkeypatch, tmp_path):

@@ -33,7 +33,9 @@ def row_contents(entry: IndexEntry, meta: dict[str, Any], text: Expected) -> Ite
         text: see `text_contents`.
     """
     parts, shown, dtype = entry.parts, (entry.variants, len(entry.subjects)), text.dtype
-    whole = meta["options"].get("reference_scale") == 1.0  # then a reference's canvas is as large as the video
+    options = meta["options"]
+    # Then a reference's canvas is as large as the video.
+    whole = options.get("reference_scale") == 1.0 and options.get("reference_size") is None
     canvas = entry.shape[2:] if whole else (None, None)
     yield ("video", parts.video), Expected(entry.shape, dtype)
     if parts.references is not None:
