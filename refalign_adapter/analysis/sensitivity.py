@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..batch import Batch, CachedSample
 from ..branch.attach import ReferenceBranch
-from ..data.cache.dataset import collate
+from ..data.cache.collate import collate
 from ..errors import UserError
 from ..flow import flow_loss, interpolate, velocity_target
 

@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 from ..alignment.objective import Objective
 from ..batch import Batch, CachedSample
 from ..data.cache.buckets import BucketBatchSampler
-from ..data.cache.dataset import CachedDataset, UnreadableRowError, collate, open_cache
+from ..data.cache.collate import collate
+from ..data.cache.dataset import CachedDataset, UnreadableRowError, open_cache
+from ..data.cache.entries import REMEDY
 from ..data.cache.freshness import check_fresh
-from ..data.cache.index import REMEDY
 from ..data.cache.prefetch import loaded
 from ..data.sources.manifest import sources_of
 from ..errors import UserError

@@ -10,7 +10,8 @@ import tiny_data
 import torch
 
 from refalign_adapter.batch import CachedSample
-from refalign_adapter.data.cache.dataset import CachedDataset, collate, open_cache
+from refalign_adapter.data.cache.collate import collate
+from refalign_adapter.data.cache.dataset import CachedDataset, open_cache
 from refalign_adapter.data.cache.options import DTYPES
 from refalign_adapter.errors import UserError
 

@@ -10,7 +10,8 @@ import tiny_data
 import torch
 from seals import seal
 
-from refalign_adapter.data.cache.dataset import CachedDataset, collate
+from refalign_adapter.data.cache.collate import collate
+from refalign_adapter.data.cache.dataset import CachedDataset
 from refalign_adapter.data.cache.verify import prune_cache, verify_cache
 from refalign_adapter.data.check.check import check_data
 from refalign_adapter.data.check.contact_sheet import write_contact_sheets

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from refalign_adapter.data.cache.buckets import BucketBatchSampler
-from refalign_adapter.data.cache.dataset import collate, open_cache
+from refalign_adapter.data.cache.collate import collate
+from refalign_adapter.data.cache.dataset import open_cache
 from refalign_adapter.data.cache.encode import RowPreparer, plans_of
 from refalign_adapter.data.cache.parts import PartStore
 from refalign_adapter.data.cache.verify import verify_cache

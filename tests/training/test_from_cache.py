@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from refalign_adapter.data.cache.build import cache_dataset
-from refalign_adapter.data.cache.dataset import collate, open_cache
+from refalign_adapter.data.cache.collate import collate
+from refalign_adapter.data.cache.dataset import open_cache
 from refalign_adapter.data.cache.encode import RowEncoder, RowPreparer, plans_of
 from refalign_adapter.data.cache.encoders import load_encoders
 from refalign_adapter.data.sources.manifest import load_manifest

@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from refalign_adapter.branch.attach import ReferenceBranch
 from refalign_adapter.data.cache.build import cache_dataset
-from refalign_adapter.data.cache.dataset import collate, open_cache
+from refalign_adapter.data.cache.collate import collate
+from refalign_adapter.data.cache.dataset import open_cache
 from refalign_adapter.errors import UserError
 from refalign_adapter.media.video import read_video
 from refalign_adapter.recipes.cache_options import options_of

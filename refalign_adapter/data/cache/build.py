@@ -23,8 +23,9 @@ from ..sources.rows import Row
 from .digests import FileDigests
 from .encode import RowEncoder, RowPreparer, plans_of, provenance_of
 from .encoders import Encoders, load_encoders
+from .entries import IndexEntry
 from .freshness import RowFiles, write_files
-from .index import FORMAT, IndexEntry, listed_targets, write_index, write_meta
+from .index import FORMAT, listed_targets, write_index, write_meta
 from .lock import filling
 from .options import CacheOptions
 from .parts import PartStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .index import IndexEntry
+from .entries import IndexEntry
 from .options import DTYPES
 from .parts import Expected, PartStore, target_part
 

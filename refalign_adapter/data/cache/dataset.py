@@ -1,7 +1,7 @@
-"""Reading a cache: rows as samples read from their files, and samples stacked into a batch.
+"""Reading a cache: rows as samples read from their files.
 
-Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, M references, S text
-tokens, D text width, V augmented variants, h and w a teacher's grid, T a teacher's width.
+Shape letters: C latent channels, F latent frames, H and W latent height and width, M references, S text tokens, D text
+width, T a teacher's width.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
-from ...batch import REFERENCE, Batch, CachedSample
+from ...batch import REFERENCE, CachedSample
 from ...errors import ReadError, UserError
 from ..sources.manifest import missing_paths, sources_digest
+from .collate import padded
 from .contents import row_contents, text_contents
 from .digests import FileDigests
-from .index import REMEDY, read_index, read_meta
+from .entries import REMEDY
+from .index import read_index, read_meta
 from .options import CacheOptions
 from .parts import CacheGoneError, DamagedPartError, PartStore, target_part
 
@@ -96,7 +97,7 @@ class CachedDataset(Dataset[CachedSample]):
                 for objective, teachers in self.targets.items()
             },
             max_sequence_length=length,
-            empty_text=_padded(self._empty_text(meta["empty_text"]), length),
+            empty_text=padded(self._empty_text(meta["empty_text"]), length),
             options=meta["options"],
             provenance=meta["provenance"],
         )
@@ -142,7 +143,7 @@ class CachedDataset(Dataset[CachedSample]):
             return CachedSample(
                 key=entry.key,
                 latents=read("video", parts.video),
-                text=_padded(read("text", parts.text), self.meta.max_sequence_length),
+                text=padded(read("text", parts.text), self.meta.max_sequence_length),
                 references=_no_references(entry.shape)
                 if parts.references is None
                 else read("references", parts.references),
@@ -216,107 +217,7 @@ def _digest_of(options: CacheOptions, split: str) -> str | None:
         return None
 
 
-def collate(samples: Sequence[CachedSample], *, variants: Sequence[int] | None = None) -> Batch:
-    """Stack samples of one shape; references are padded at the end to the largest number among them.
-
-    Args:
-        samples: at least one.
-        variants: a number per sample that chooses among its V augmented variants (taken modulo V); None: the first.
-
-    Raises:
-        UserError: tensors of the samples do not go together, which no cache run makes.
-    """
-    _require_alike(samples)
-    choices = [0] * len(samples) if variants is None else list(variants)
-    most = max(len(sample.subjects) for sample in samples)
-
-    def stack(tensors: Sequence[Tensor | None]) -> Tensor:
-        """Those of references, (V, M, …) each; None of a row without any."""
-        like = next(tensor for tensor in tensors if tensor is not None)
-        none = like.new_zeros(1, 0, *like.shape[2:])
-        each = [none if tensor is None else tensor for tensor in tensors]
-        return torch.stack(
-            [_padded(tensor[number % len(tensor)], most) for tensor, number in zip(each, choices, strict=True)]
-        )
-
-    counts = torch.tensor([len(sample.subjects) for sample in samples])
-    shown = [sample if len(sample.subjects) else None for sample in samples]
-    # Without any reference in the batch, the empty ones of all rows are as large as the video.
-    references = [sample and sample.references for sample in shown] if most else [item.references for item in samples]
-    return Batch(
-        keys=[sample.key for sample in samples],
-        latents=torch.stack([sample.latents for sample in samples]),
-        text=torch.stack([sample.text for sample in samples]),
-        references=stack(references).transpose(1, 2).contiguous(),
-        mask=torch.arange(most) < counts[:, None],
-        subjects=torch.stack([_padded(sample.subjects, most, -1) for sample in samples]),
-        targets={
-            objective: {
-                teacher: stack([sample and sample.targets[objective][teacher] for sample in shown])
-                if objective in samples[0].of_references
-                else torch.stack([sample.targets[objective][teacher] for sample in samples])
-                for teacher in teachers
-            }
-            for objective, teachers in _targets(samples).items()
-        },
-        tokens=stack([sample and sample.tokens for sample in shown]) if _any_tokens(samples) else None,
-    )
-
-
-def _targets(samples: Sequence[CachedSample]) -> dict[str, dict[str, Tensor]]:
-    """Those of the sample that has most: rows without references lack some objectives'."""
-    return max((sample.targets for sample in samples), key=len)
-
-
-def _any_tokens(samples: Sequence[CachedSample]) -> bool:
-    return any(sample.tokens is not None for sample in samples)
-
-
-def _require_alike(samples: Sequence[CachedSample]) -> None:
-    """References' canvases and targets' grids follow from a row's size, so rows that share a batch have the same."""
-    first, some = samples[0], [sample for sample in samples if len(sample.subjects)]
-    pairs = [(_of_row(sample), _of_row(first), sample, first) for sample in samples[1:]]
-    pairs += [(_of_reference(sample), _of_reference(some[0]), sample, some[0]) for sample in some[1:]]
-    for ours, others, sample, other in pairs:
-        if ours != others:
-            raise UserError(
-                f"cache: rows {sample.key[:12]} and {other.key[:12]} have references or features of different sizes; "
-                f"delete the cache and {REMEDY}"
-            )
-
-
-def _of_row(sample: CachedSample) -> list[Any]:
-    """What of a row every other one has likewise."""
-    shapes = [
-        (objective, teacher, target.shape)
-        for objective, targets in sample.targets.items()
-        if objective not in sample.of_references
-        for teacher, target in targets.items()
-    ]
-    return [sample.latents.shape, sample.text.shape[-1], *shapes]
-
-
-def _of_reference(sample: CachedSample) -> list[Any]:
-    """What of a row every other one that has references has likewise."""
-    shapes = [
-        (objective, teacher, target.shape[2:])
-        for objective, targets in sample.targets.items()
-        if objective in sample.of_references
-        for teacher, target in targets.items()
-    ]
-    tokens = None if sample.tokens is None else sample.tokens.shape[2:]
-    return [sample.references.shape[2:], tokens, *shapes]
-
-
 def _no_references(latents: Sequence[int]) -> Tensor:
     """(1, 0, C, H, W) for a row whose latents are (C, F, H, W)."""
     channels, _, height, width = latents
     return torch.empty(1, 0, channels, height, width)
-
-
-def _padded(tensor: Tensor, length: int, value: int = 0) -> Tensor:
-    """(length, ...) with `value` after the tensor's own entries on its first axis; longer ones are cut."""
-    missing = length - len(tensor)
-    if missing <= 0:
-        return tensor[:length]
-    return pad(tensor, [0, 0] * (tensor.ndim - 1) + [0, missing], value=value)

@@ -34,7 +34,8 @@ from ..sources.pictures import augmentation_key, draw_reference, open_pictures, 
 from ..sources.rows import Row
 from .captions import count_tokens
 from .encoders import Encoders
-from .index import FORMAT, IndexEntry, RowParts
+from .entries import IndexEntry, RowParts
+from .index import FORMAT
 from .options import DTYPES, CacheOptions
 from .parts import PartStore, target_part
 from .targets import Sizes, Target

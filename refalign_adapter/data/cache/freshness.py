@@ -21,7 +21,8 @@ from ...files import atomic_file
 from ...json_files import parse_json
 from .digests import FileDigests
 from .encoders import version_of
-from .index import NAME_LENGTH, REMEDY, check_list, list_path, read_meta
+from .entries import NAME_LENGTH, REMEDY
+from .index import check_list, list_path, read_meta
 from .options import CacheOptions
 
 RowFiles = tuple[str, dict[str, str]]

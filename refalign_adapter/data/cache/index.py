@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...alignment.objective import NAME
 from ...batch import REFERENCE
-from ...errors import ReadError, UserError, shorten
+from ...errors import ReadError, UserError
 from ...files import atomic_file, require_regular
 from ...hashes import file_digest, hash_of
 from ...json_files import parse_json, read_bytes, write_json
+from .entries import REMEDY, IndexEntry, entry_of, is_count, is_key, line_of
 from .options import ADDED, DTYPES
-from .parts import KEY, META_NAME, MISSING, NO_FILE, target_part
+from .parts import META_NAME, MISSING, NO_FILE
 
 LISTS = ("index", "files")
 """`<list>-<split>.jsonl`; the second is `freshness`'s."""
@@ -33,66 +33,6 @@ OLDEST = {"format", "options", "manifests", "teachers", "empty_text", "provenanc
 """What a `meta.json` without checksums holds, and nothing else."""
 FORMAT = 1
 """Raised when what a cache holds changes its meaning: all of it is then made anew."""
-
-REMEDY = "run `refalign cache --config …`"
-
-
-@dataclass(frozen=True)
-class RowParts:
-    """Keys of a row's parts (see `PartStore`).
-
-    Attributes:
-        video, text: of the clip and the caption.
-        references: None of a row without any.
-        targets: objective -> teacher id -> key; in a line, "teachers" are reference alignment's.
-        tokens: None where all are kept.
-    """
-
-    video: str
-    references: str | None
-    text: str
-    targets: dict[str, dict[str, str]]
-    tokens: str | None = None
-
-    def files(self) -> list[tuple[str, str]]:
-        """(part, key) of every file."""
-        parts = [("video", self.video), ("references", self.references), ("text", self.text)]
-        parts += [(target_part(objective), key) for objective, keys in self.targets.items() for key in keys.values()]
-        return [(part, key) for part, key in (*parts, ("tokens", self.tokens)) if key is not None]
-
-
-@dataclass(frozen=True)
-class IndexEntry:
-    """One row of the cache.
-
-    Attributes:
-        key: the row's name, by its content.
-        file_name, line: the clip and where its row stands in the manifest.
-        parts: which files hold it.
-        shape: of its video latents: channels, frames, height, width.
-        variants: augmented versions of its references.
-        subjects: a number per reference; equal ones are views of one subject.
-        source: which of the manifest's sources it is from, counted from 0.
-    """
-
-    key: str
-    file_name: str
-    line: int
-    parts: RowParts
-    shape: tuple[int, ...]
-    variants: int
-    subjects: tuple[int, ...]
-    source: int = 0
-
-    def place(self, split: str) -> str:
-        """The row in a message, in one line of bounded length."""
-        name = self.file_name
-        if not name.isprintable() or len(name) > NAME_LENGTH:
-            name = shorten(name, NAME_LENGTH)
-        return f"{split} line {self.line} ({name})"
-
-
-NAME_LENGTH = 300
 MAX_TARGET_SIDES = 5
 """Of one reference's or row's: with the two before it of references, no more than a part's file may have."""
 
@@ -140,7 +80,7 @@ def check_list(cache_dir: str | Path, name: str, split: str, meta: dict[str, Any
 def write_index(cache_dir: str | Path, split: str, entries: Iterable[IndexEntry]) -> None:
     """Write a split's index, atomically."""
     with atomic_file(index_path(cache_dir, split)) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(_values(entry)) + "\n" for entry in entries)
+        file.writelines(json.dumps(line_of(entry)) + "\n" for entry in entries)
 
 
 def read_index(cache_dir: str | Path, split: str, meta: dict[str, Any] | None = None) -> list[IndexEntry]:
@@ -159,78 +99,9 @@ def read_index(cache_dir: str | Path, split: str, meta: dict[str, Any] | None = 
         raise UserError(f"cache_dir: {str(cache_dir)!r} has no {split} rows; {REMEDY}")
     try:
         with path.open(encoding="utf-8") as file:
-            return [_entry(parse_json(line)) for line in file]
+            return [entry_of(parse_json(line)) for line in file]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(path, error, "is damaged") from None
-
-
-def _values(entry: IndexEntry) -> dict[str, Any]:
-    """A line, which holds what came later only where there is any: others are as they were before."""
-    values, parts = asdict(entry), entry.parts
-    others = {objective: keys for objective, keys in parts.targets.items() if objective != REFERENCE}
-    added = {"tokens": parts.tokens, "targets": others}
-    values["parts"] = {
-        "video": parts.video,
-        "references": parts.references,
-        "text": parts.text,
-        "teachers": parts.targets.get(REFERENCE, {}),
-        **{name: value for name, value in added.items() if value},
-    }
-    if not entry.source:
-        del values["source"]
-    return values
-
-
-def _entry(values: dict[str, Any]) -> IndexEntry:
-    """The entry of a line.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is none.
-    """
-    parts = _parts(**values["parts"])
-    shape, subjects = tuple(values["shape"]), tuple(values["subjects"])
-    entry = IndexEntry(**{**values, "parts": parts, "shape": shape, "subjects": subjects})
-    wrong: list[Any] = [key for key in (entry.key, *(key for _, key in parts.files())) if not _is_key(key)]
-    counts = {"line": (entry.line, 0), "variants": (entry.variants, 1), "source": (entry.source, 0)}
-    wrong += [name for name, (value, least) in counts.items() if not _is_count(value, least)]
-    if len(shape) != 4 or not all(_is_count(side, 1) for side in shape) or not isinstance(entry.file_name, str):
-        wrong.append("shape or file_name")
-    if (parts.references is None) != (not subjects) or not all(_is_count(number, 0) for number in subjects):
-        wrong.append("subjects")
-    if wrong:
-        raise ValueError(f"a row's {shorten(wrong[0])}")
-    return entry
-
-
-def _parts(
-    video: Any,
-    references: Any,
-    text: Any,
-    teachers: dict[str, Any],
-    tokens: Any = None,
-    targets: dict[str, dict[str, Any]] | None = None,
-) -> RowParts:
-    """The parts of a line, whose keys are still to be checked.
-
-    Raises:
-        TypeError, ValueError: it holds something else.
-    """
-    every = {**({REFERENCE: teachers} if teachers else {}), **(targets or {})}
-    if not all(isinstance(keys, dict) and NAME.fullmatch(objective) for objective, keys in every.items()):
-        raise ValueError("a row's targets")
-    if not isinstance(teachers, dict) or REFERENCE in (targets or {}):
-        raise ValueError("a row's teachers")
-    if video is None or text is None:
-        raise ValueError("a row's video or text")
-    return RowParts(video, references, text, every, tokens)
-
-
-def _is_key(value: Any) -> bool:
-    return isinstance(value, str) and KEY.fullmatch(value) is not None
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < 2**31
 
 
 def _unreadable(path: Path, error: Exception, what: str) -> UserError:
@@ -318,10 +189,10 @@ def _is_meta(meta: dict[str, Any]) -> bool:
         return False
     video = meta["provenance"].get("video")
     return (
-        _is_key(meta.get("empty_text"))
-        and all(_is_count(width, 1) for width in meta["teachers"].values())
+        is_key(meta.get("empty_text"))
+        and all(is_count(width, 1) for width in meta["teachers"].values())
         and _are_targets(meta.get("targets", {}))
-        and _is_count(meta["options"].get("max_sequence_length"), 1)
+        and is_count(meta["options"].get("max_sequence_length"), 1)
         and isinstance(video, dict)
         and isinstance(video.get("dtype"), str)
         and video["dtype"] in DTYPES
@@ -342,4 +213,4 @@ def _are_targets(values: Any) -> bool:
 
 def _is_shape(value: Any) -> bool:
     sides = isinstance(value, list) and 0 < len(value) <= MAX_TARGET_SIDES
-    return sides and all(side is None or _is_count(side, 1) for side in value) and value[-1] is not None
+    return sides and all(side is None or is_count(side, 1) for side in value) and value[-1] is not None

@@ -10,7 +10,8 @@ from pathlib import Path
 from ...errors import ConfigError, ReadError
 from .contents import File, row_contents, text_contents
 from .dataset import open_cache
-from .index import REMEDY, read_index, read_meta
+from .entries import REMEDY
+from .index import read_index, read_meta
 from .lock import deleting
 from .options import CacheOptions
 from .parts import DAMAGED, KEY, CacheGoneError, Expected, PartStore
