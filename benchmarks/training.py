@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 import refalign_adapter as ra
 from refalign_adapter.alignment.projector import Projectors
-from refalign_adapter.batch import Batch
+from refalign_adapter.alignment.reference.objective import ReferenceAlignment
+from refalign_adapter.batch import REFERENCE, Batch
 from refalign_adapter.branch.attach import ReferenceBranch
 from refalign_adapter.errors import UserError
 from refalign_adapter.recipes.optimizers import find_optimizer
@@ -72,7 +73,7 @@ class Case:
                 self.batch,
                 self.batch.text[0],
                 generator=torch.Generator().manual_seed(0),
-                alignment_weight=1.0,
+                weights={REFERENCE: 1.0},
                 drop_conditions=False,
             )
         output.loss.backward()
@@ -104,7 +105,7 @@ def random_batch(setting: Setting, references: Tensor, tokens: Tensor | None) ->
         references=references,
         mask=torch.ones(batch, count, dtype=torch.bool, device=device),
         subjects=torch.arange(count, device=device).expand(batch, -1),
-        teacher={TEACHER: torch.randn(batch, count, *grid, TEACHER_WIDTH, device=device)},
+        targets={REFERENCE: {TEACHER: torch.randn(batch, count, *grid, TEACHER_WIDTH, device=device)}},
         tokens=tokens,
     )
 
@@ -146,8 +147,9 @@ def _attach(transformer: Any, attention: str, scope: str, setting: Setting) -> R
 
 def _case(branch: ReferenceBranch, projectors: Projectors | None, batch: Batch, setting: Setting) -> Case:
     parameters = [parameter for _, parameter in branch.named_parameters()]
-    parameters += list(projectors.parameters()) if projectors is not None else []
-    module = TrainingStep(branch, projectors, StepOptions()).train()
+    objectives = [] if projectors is None else [ReferenceAlignment(projectors)]
+    module = TrainingStep(branch, objectives, StepOptions()).train()
+    parameters += list(module.objectives.parameters())
     return Case(module, optimizer_of(parameters), batch, setting)
 
 

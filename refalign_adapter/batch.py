@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor, device, dtype
 
+REFERENCE = "reference"
+"""Name of reference alignment among the objectives. What caches and checkpoints of one objective held was its."""
+
 
 @dataclass
 class CachedSample:
@@ -23,20 +26,23 @@ class CachedSample:
         key: the row's name, unique in its data set.
         latents: (C, F, H, W) normalised video latents.
         text: (S, D) prompt embedding; rows past the prompt's last token are zero.
-        references: (V, M, C, H', W') normalised reference latents, one latent frame each.
-        teacher: teacher id -> (V, M, h, w, T) features of the same reference images on the teacher's own grid.
+        references: (V, M, C, H', W') normalised reference latents, one latent frame each; M may be 0.
+        targets: objective -> teacher id -> what it is to be like. Of `of_references`, (V, M, …): reference alignment's
+            are (V, M, h, w, T) features of the reference images on the teacher's own grid; of others one for the row.
         subjects: (M,) int64; equal numbers are views of one subject.
         tokens: (V, M, rows, columns) bool, True for a reference's tokens that show anything but white padding; None:
             all are kept.
+        of_references: objectives that have a target for every reference; a row without references has none.
     """
 
     key: str
     latents: Tensor
     text: Tensor
     references: Tensor
-    teacher: dict[str, Tensor]
+    targets: dict[str, dict[str, Tensor]]
     subjects: Tensor
     tokens: Tensor | None = None
+    of_references: frozenset[str] = frozenset({REFERENCE})
 
 
 @dataclass
@@ -47,10 +53,11 @@ class Batch:
         keys: B row names.
         latents: (B, C, F, H, W).
         text: (B, S, D).
-        references: (B, C, M, H', W'); padding is zero.
+        references: (B, C, M, H', W'); padding is zero; M is 0 where no row has any.
         mask: (B, M) bool, True where a reference is real; real ones come first.
         subjects: (B, M) int64; -1 where padded.
-        teacher: teacher id -> (B, M, h, w, T); padding is zero.
+        targets: objective -> teacher id -> (B, …), or (B, M, …) where every reference has one, as for reference
+            alignment (B, M, h, w, T); padding is zero. With M = 0 there are none of these.
         tokens: (B, M, rows, columns) bool, True for the references' tokens that are kept, False where padded; None:
             all are.
         names: where each row stands in its manifest, for messages; empty where nobody asks.
@@ -63,7 +70,7 @@ class Batch:
     references: Tensor
     mask: Tensor
     subjects: Tensor
-    teacher: dict[str, Tensor]
+    targets: dict[str, dict[str, Tensor]]
     tokens: Tensor | None = None
     names: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -78,7 +85,10 @@ class Batch:
             references=move(self.references),
             mask=move(self.mask),
             subjects=move(self.subjects),
-            teacher={name: move(features) for name, features in self.teacher.items()},
+            targets={
+                objective: {teacher: move(target) for teacher, target in targets.items()}
+                for objective, targets in self.targets.items()
+            },
             tokens=None if self.tokens is None else move(self.tokens),
         )
 
@@ -88,17 +98,13 @@ class StepOutput:
     """Losses of one training step; all tensors are scalars, `loss` alone carries the graph.
 
     Attributes:
-        loss: flow + η · mean over aligned blocks of (positive + λ · negative).
+        loss: flow + the objectives' losses, each times its weight.
         flow: flow matching loss.
-        positive: block index -> positive alignment term, averaged over teachers.
-        negative: block index -> negative alignment term, averaged over teachers.
-        cosine: block index -> mean cosine of projected reference tokens and their teacher targets, in [-1, 1].
-        references: how many references were aligned.
+        logs: name -> what an objective tells besides.
+        counts: name -> over how many things that is a mean; of names that are not here, over samples.
     """
 
     loss: Tensor
     flow: Tensor
-    positive: dict[int, Tensor] = field(default_factory=dict)
-    negative: dict[int, Tensor] = field(default_factory=dict)
-    cosine: dict[int, Tensor] = field(default_factory=dict)
-    references: int = 0
+    logs: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)

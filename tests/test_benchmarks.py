@@ -98,7 +98,7 @@ def test_training_steps_train_what_they_should(setting):
         case.step()
         changed = [key for key, value in case.module.state_dict().items() if not torch.equal(value, before[key])]
         assert {key.partition(".")[0] for key in changed if ".lora_" not in key} == (
-            {"projectors"} if name.endswith("alignment") else set()
+            {"objectives"} if name.endswith("alignment") else set()
         ), name
         assert any(".lora_" in key for key in changed), name
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..batch import Batch, CachedSample
 from ..branch.attach import ReferenceBranch
-from ..data.cache.dataset import collate
+from ..data.cache.collate import collate
 from ..errors import UserError
 from ..flow import flow_loss, interpolate, velocity_target
 
@@ -64,8 +64,8 @@ def reference_sensitivity(
 ) -> Sensitivity:
     """Measure how much the right references lower the flow loss.
 
-    Rows are paired with rows of the same shape and number of references; a row without such a partner is left out.
-    Noise depends on `seed` and the row alone, so that adapters can be compared.
+    Rows are paired with rows of the same shape and number of references; a row without such a partner, or without
+    references, is left out. Noise depends on `seed` and the row alone, so that adapters can be compared.
 
     Args:
         branch: the adapter on its transformer.
@@ -110,6 +110,8 @@ def _groups(samples: Sequence[CachedSample], seed: int) -> Iterator[list[tuple[i
     """Lists of (row, row whose references it borrows), rows of one shape and number of references in each."""
     shapes: dict[tuple, list[int]] = {}
     for index, sample in enumerate(samples):
+        if not len(sample.subjects):
+            continue
         shapes.setdefault((sample.latents.shape, sample.references.shape[1:]), []).append(index)
     generator = torch.Generator().manual_seed(seed)
     for indices in shapes.values():

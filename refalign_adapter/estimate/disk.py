@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..data.cache.options import CacheOptions
+from ..data.cache.parts import target_part
 from ..data.sources.rows import Row
 from .shapes import SampleShapes
 
@@ -75,11 +76,13 @@ def row_bytes(options: CacheOptions, shapes: SampleShapes, references: int, vari
     width, images = shapes.dtype.itemsize, references * variants
     sizes = {
         "video": math.prod(shapes.latents) * width + HEADER,
-        "references": images * math.prod(shapes.reference) * width + HEADER,
+        "references": images * math.prod(shapes.reference) * width + HEADER if images else 0,
         "text": math.prod(shapes.text) * width + HEADER,
     }
-    if shapes.teacher:
-        sizes["teacher"] = sum(images * math.prod(shape) * width + HEADER for shape in shapes.teacher.values())
-    if options.drop_background:
+    for objective, targets in shapes.targets.items():
+        count = 1 if objective in shapes.of_video else images
+        size = sum(count * math.prod(shape) * width + HEADER for shape in targets.values())
+        sizes[target_part(objective)] = size if count else 0
+    if options.drop_background and images:
         sizes["tokens"] = images * math.prod(shapes.grid) + HEADER
     return sizes

@@ -36,5 +36,10 @@ def host_memory(setting: Setting, training: TrainingMemory) -> Memory:
 def batch_bytes(setting: Setting) -> int:
     """Bytes of a training batch of the largest samples."""
     batch = setting.shapes.batch(setting.recipe.train_batch_size, setting.references, "meta")
-    tensors = [batch.latents, batch.text, batch.references, *batch.teacher.values()]
+    tensors = [
+        batch.latents,
+        batch.text,
+        batch.references,
+        *(target for targets in batch.targets.values() for target in targets.values()),
+    ]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

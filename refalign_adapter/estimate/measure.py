@@ -46,12 +46,11 @@ class RandomData(TrainingData):
 
     def __init__(self, shapes: SampleShapes, device: torch.device):
         self.empty_text = torch.zeros(shapes.text, dtype=shapes.dtype, device=device)
-        self._teachers = {name: shape[-1] for name, shape in shapes.teacher.items()}
+        self._widths = shapes.widths
 
     @property
-    def teachers(self) -> dict[str, int]:
-        """Teacher id -> width."""
-        return self._teachers
+    def widths(self) -> dict[str, dict[str, int]]:
+        return self._widths
 
 
 def measure_steps(setting: Setting, steps: int) -> Measured:
@@ -75,7 +74,7 @@ def measure_steps(setting: Setting, steps: int) -> Measured:
         for _ in range(steps + 1):
             started = time.perf_counter()
             batches = iter([batch] * recipe.gradient_accumulation_steps)
-            optimizer_step(run, batches, LossMeter(run.trained.branch.align_blocks), signals)
+            optimizer_step(run, batches, LossMeter(run.module.logs), signals)
             seconds.append(time.perf_counter() - started)
         device = accelerator.device
         on_gpu = device.type == "cuda"

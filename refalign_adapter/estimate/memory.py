@@ -13,10 +13,11 @@ from torch import nn
 
 from ..recipes.optimizers import build_optimizer
 from ..recipes.schema import Recipe
+from ..training.step import TrainingStep
 from .live_bytes import bytes_of, module_bytes
 from .models import Models
 from .setting import Setting
-from .simulate import SimulatedStep, build_step, simulate_step
+from .simulate import build_step, simulate_step
 
 CONTEXT, FRAGMENTATION = 10**9, 0.05
 """What CUDA and its libraries take for themselves, in bytes, and the share of all else that allocations may waste."""
@@ -83,7 +84,7 @@ def training_memory(setting: Setting) -> TrainingMemory:
     autocast = dtype if dtype != torch.float32 else None
     memory = simulate_step(step, recipe, setting.shapes, setting.references, autocast)
     lora = [parameter for _, parameter in step.branch.named_parameters()]
-    heads = list(step.projectors.parameters()) if step.projectors is not None else []
+    heads = list(step.objectives.parameters())
     gradients = bytes_of([*lora, *heads])  # in the parameters' types
     kept = gradients if recipe.gradient_accumulation_steps > 1 else 0
     activations = max(0, memory.peak + kept - gradients)  # without accumulation, they come to be in the simulation
@@ -132,7 +133,8 @@ def caching_memory(models: Models, encoded: int = 0) -> CachingMemory:
         models: a recipe's configs.
         encoded: bytes that the VAE takes on top while it encodes a clip.
     """
-    pipe, teachers = models.encoders.pipe, models.encoders.teachers.values()
+    pipe = models.encoders.pipe
+    teachers = [teacher for loaded in models.encoders.models.values() for teacher in loaded.values()]
     return CachingMemory(
         with_allowance([Part("text encoder", module_bytes(pipe.text_encoder))]),
         with_allowance(
@@ -152,7 +154,7 @@ def with_allowance(parts: Iterable[Part]) -> Memory:
     return Memory((*found, Part("allowance: CUDA context 1 GB, fragmentation 5 %", allowance)))
 
 
-def _base_parts(recipe: Recipe, step: SimulatedStep, lora: list[nn.Parameter], dtype: torch.dtype) -> Iterator[Part]:
+def _base_parts(recipe: Recipe, step: TrainingStep, lora: list[nn.Parameter], dtype: torch.dtype) -> Iterator[Part]:
     """The frozen weights by the type they are stored in."""
     trained, quantised = set(lora), set()
     if recipe.quantization:
@@ -187,7 +189,7 @@ def quantised_bytes(layer: nn.Linear, kind: str) -> int:
     return math.ceil(layer.weight.numel() / 2) + scales + 4 * (math.ceil(scales / 256) + 16 + 256 + 1)
 
 
-def _largest_linear(step: SimulatedStep, dtype: torch.dtype) -> int:
+def _largest_linear(step: TrainingStep, dtype: torch.dtype) -> int:
     return max(layer.weight.numel() for layer in quantised_layers(step.transformer)) * dtype.itemsize
 
 

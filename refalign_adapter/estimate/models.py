@@ -71,7 +71,10 @@ def read_models(recipe: Recipe, options: CacheOptions) -> Models:
         base.family,
         SimpleNamespace(vae=vae, text_encoder=text_encoder),
         base.patch_size,
-        {name: read_teacher(name, options.teacher_layer) for name in options.teachers},
+        {
+            target.objective: {name: read_teacher(name, target.layer) for name in target.models}
+            for target in options.all_targets
+        },
     )
     encoders.check_sizes(options)
     transformer = base.transformer

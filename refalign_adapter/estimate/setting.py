@@ -122,14 +122,14 @@ def read_setting(recipe: Recipe, asked: Asked) -> Setting:
     options = options_of(recipe)
     models = read_models(recipe, options)
     found = find_rows(options) if asked.rows is None else None
-    most = max((len(row.references) for row in found.all), default=0) if found else 0
+    counts = [len(row.references) for row in found.all] if found else []
     return Setting(
         recipe,
         options,
         models,
         sample_shapes(models, options),
         found,
-        most or options.max_references,
+        max(counts, default=options.max_references),
         asked.processes or max(1, torch.cuda.device_count()),
     )
 

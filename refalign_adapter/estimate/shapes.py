@@ -25,7 +25,8 @@ class SampleShapes:
         latents: (C, F, H, W).
         text: (S, D).
         reference: (C, h, w) of one reference.
-        teacher: teacher id -> (rows, columns, width) of its features of one reference.
+        targets: objective -> teacher id -> shape of the target of one reference or of the video, its width last.
+        of_video: the objectives whose targets are of the video.
         grid: rows and columns of the tokens that the transformer makes of one reference.
         dtype: of all of them.
     """
@@ -33,9 +34,15 @@ class SampleShapes:
     latents: tuple[int, int, int, int]
     text: tuple[int, int]
     reference: tuple[int, int, int]
-    teacher: dict[str, tuple[int, int, int]]
+    targets: dict[str, dict[str, tuple[int, ...]]]
     grid: tuple[int, int]
     dtype: torch.dtype
+    of_video: tuple[str, ...] = ()
+
+    @property
+    def widths(self) -> dict[str, dict[str, int]]:
+        """Objective -> teacher id -> width."""
+        return {name: {key: shape[-1] for key, shape in shapes.items()} for name, shapes in self.targets.items()}
 
     def batch(self, samples: int, references: int, device: torch.device | str) -> Batch:
         """Random samples with references of different subjects; mask and subjects are on the CPU.
@@ -57,7 +64,13 @@ class SampleShapes:
             references=draw(channels, references, *canvas),
             mask=torch.ones(samples, references, dtype=torch.bool),
             subjects=torch.arange(references).repeat(samples, 1),
-            teacher={name: draw(references, *shape) for name, shape in self.teacher.items()},
+            targets={
+                objective: {
+                    teacher: draw(*shape) if objective in self.of_video else draw(references, *shape)
+                    for teacher, shape in shapes.items()
+                }
+                for objective, shapes in self.targets.items()
+            },
         )
 
 
@@ -73,10 +86,6 @@ def sample_shapes(models: Models, options: CacheOptions) -> SampleShapes:
     time, rows, columns = models.family.size_multiples(encoders.pipe, encoders.patch_size)
     _, patch_rows, patch_columns = encoders.patch_size
     grid = encoders.token_grid(options)
-    teacher_grids = {
-        name: grid if options.teacher_grid == "match" and teacher.any_size else teacher.native_grid
-        for name, teacher in encoders.teachers.items()
-    }
     return SampleShapes(
         latents=(
             models.channels,
@@ -86,7 +95,8 @@ def sample_shapes(models: Models, options: CacheOptions) -> SampleShapes:
         ),
         text=(options.max_sequence_length, models.text_width),
         reference=(models.channels, grid[0] * patch_rows, grid[1] * patch_columns),
-        teacher={name: (*teacher_grids[name], teacher.dim) for name, teacher in encoders.teachers.items()},
+        targets=encoders.shapes(options),
         grid=grid,
         dtype=DTYPES[options.dtype],
+        of_video=tuple(target.objective for target in options.all_targets if target.of == "video"),
     )

@@ -1,10 +1,8 @@
 """The real training step on torch's "meta" device: what it would hold in memory, without holding it.
 
 Where the step differs from a run on a GPU: references are all there and all their tokens are kept (no mask can be read
-on meta, and it is the most that can happen); conditions are not dropped; the alignment loss, which works tile by tile
-on data, is stood for by what it allocates and keeps.
-
-Shape letters: B batch, M references, N tokens per reference, C teacher channels.
+on meta, and it is the most that can happen); conditions are not dropped; of the objectives, what works on data is
+stood for by what it allocates and keeps, see `Objective.without_data`.
 """
 
 from __future__ import annotations
@@ -16,14 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..alignment.projector import Projectors
-from ..alignment.reference.loss import TILE_ELEMENTS
 from ..branch.attach import ReferenceBranch, attach
 from ..data.cache.options import CacheOptions
 from ..recipes.schema import Recipe
+from ..training.objectives import build_objectives
 from ..training.offload import offloaded_checkpoint
 from ..training.setup import step_options
 from ..training.step import TrainingStep
@@ -46,38 +42,8 @@ class StepMemory:
     host: int
 
 
-class SimulatedStep(TrainingStep):
-    """The training step with an alignment loss that computes nothing."""
-
-    def _block_loss(
-        self, student: Tensor, target: Tensor, shown: dict[str, Tensor], gate: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        total: Any = AlignmentLoss.apply(student, target)
-        return total, total.detach(), total.detach(), total.detach()
-
-
-class AlignmentLoss(torch.autograd.Function):
-    """What `reference_alignment_loss` allocates for students (B, M, N, C): it keeps their gradient, and while it works
-    unit vectors of one sample's references in float32, and two tiles of cosines: one is made before the last goes."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, target: Tensor) -> Tensor:
-        gradient = torch.empty_like(student)
-        tokens = student.shape[-2]
-        of_targets = student.new_empty(student.shape[1:], dtype=torch.float32)
-        of_one = [torch.empty_like(of_targets[0]) for _ in range(3)]  # unit vectors, their slope, its projection
-        tiles = student.new_empty(2, min(tokens**2, TILE_ELEMENTS["other"]), dtype=torch.float32)
-        del of_targets, of_one, tiles
-        ctx.save_for_backward(gradient)
-        return student.new_empty((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.empty_like(ctx.saved_tensors[0]), None
-
-
-def build_step(recipe: Recipe, models: Models, dtype: torch.dtype) -> SimulatedStep:
-    """Transformer, LoRA and projectors on meta, as a run makes them.
+def build_step(recipe: Recipe, models: Models, dtype: torch.dtype) -> TrainingStep:
+    """Transformer, LoRA and the objectives' heads on meta, as a run makes them.
 
     Args:
         recipe: what to train.
@@ -90,18 +56,15 @@ def build_step(recipe: Recipe, models: Models, dtype: torch.dtype) -> SimulatedS
     transformer = models.transformer(dtype)
     with torch.device("meta"):
         branch = attach(transformer, recipe.adapter_config(), family=recipe.family)
-    projectors = None
-    if branch.align_blocks and recipe.alignment.weight:
-        widths = {name: teacher.dim for name, teacher in models.encoders.teachers.items()}
-        hidden = models.family.hidden_size(branch.transformer)
-        projectors = Projectors(branch.align_blocks, hidden, widths).to("meta")
-    step = SimulatedStep(branch, projectors, step_options(recipe, models.shift))
+    objectives = build_objectives(recipe, branch, models.encoders.widths)
+    on_meta = [objective.to("meta").without_data() for objective in objectives]
+    step = TrainingStep(branch, on_meta, step_options(recipe, models.shift))
     step.train()
     return step
 
 
 def simulate_step(
-    step: SimulatedStep,
+    step: TrainingStep,
     recipe: Recipe,
     shapes: SampleShapes,
     references: int,
@@ -127,7 +90,8 @@ def simulate_step(
         batch = shapes.batch(recipe.train_batch_size, references, device)
         empty_text = torch.empty(shapes.text, dtype=shapes.dtype, device=device)
         with kernels.once():
-            output = step(batch, empty_text, generator=torch.Generator(), alignment_weight=1.0, drop_conditions=False)
+            weights = {objective.name: 1.0 for objective in step.objectives}
+            output = step(batch, empty_text, generator=torch.Generator(), weights=weights, drop_conditions=False)
         output.loss.backward()
     return StepMemory(live.peak, live.host)
 

@@ -131,5 +131,10 @@ def _is_finite(dataset: CachedDataset, index: int) -> bool:
         sample: CachedSample = dataset[index]
     except UserError:
         return False
-    tensors = [sample.latents, sample.text, sample.references, *sample.teacher.values()]
+    tensors = [
+        sample.latents,
+        sample.text,
+        sample.references,
+        *(target for targets in sample.targets.values() for target in targets.values()),
+    ]
     return all(bool(torch.isfinite(tensor.float()).all()) for tensor in tensors)

@@ -16,7 +16,7 @@ are functions of the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..alignment.schedule import AlignmentSchedule
+from ..alignment.objective import Objective
 from ..branch.attach import ReferenceBranch
 from ..files import atomic_folder, writing
 from ..json_files import write_json
 from ..tensor_files import save_tensors
 from .checkpoint_files import ADAPTER, ROWS, STATE, TRAINING, delete_oldest, make_room, write_checksums
+from .objectives import HEADS, heads_state, named_heads, schedules_of
 
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
@@ -63,23 +64,20 @@ class Trained:
 
     Attributes:
         branch: holds the LoRA.
-        projectors: None without alignment.
+        objectives: what is added to the flow loss, with heads and the schedules of their weights.
         optimizer: not wrapped by accelerate.
-        schedule: of the alignment weight.
         ema: moving average of the LoRA, in the order of `branch.named_parameters()`; None when off.
     """
 
     branch: ReferenceBranch
-    projectors: nn.Module | None
+    objectives: Sequence[Objective]
     optimizer: torch.optim.Optimizer
-    schedule: AlignmentSchedule
     ema: EMAModel | None = None
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All trained parameters: the LoRA's, then the projectors'."""
+        """All trained parameters: the LoRA's, then the objectives'."""
         yield from self.branch.named_parameters()
-        if self.projectors is not None:
-            yield from ((f"projectors.{name}", parameter) for name, parameter in self.projectors.named_parameters())
+        yield from ((f"{HEADS}{name}", parameter) for name, parameter in named_heads(self.objectives))
 
 
 @contextmanager
@@ -126,7 +124,7 @@ def save_checkpoint(
         save_sidecar(temporary / TRAINING, trained)
         tensors, numbers = _optimizer_state(trained)
         save_tensors(temporary / TRAINING / OPTIMIZER, tensors)
-        state = {**asdict(progress), "run": run, "schedule": trained.schedule.state_dict(), "optimizer": numbers}
+        state = {**asdict(progress), "run": run, **schedules_of(trained.objectives), "optimizer": numbers}
         if trained.ema is not None:
             state["ema_steps"] = trained.ema.optimization_step
             lora = dict(trained.branch.named_parameters())
@@ -141,9 +139,9 @@ def save_checkpoint(
 
 
 def save_sidecar(folder: Path, trained: Trained) -> None:
-    """Write the projectors, which the adapter does not need and a second training stage does, into `folder`."""
-    if trained.projectors is not None:
-        _save(folder / PROJECTORS, trained.projectors.state_dict())
+    """Write the objectives' heads, which the adapter does not need and a second training stage does, into `folder`."""
+    if heads := heads_state(trained.objectives):
+        _save(folder / PROJECTORS, heads)
 
 
 def _free(folder: Path) -> Path:

@@ -45,7 +45,8 @@ _OptimizerNumbers = Annotated[dict[str, _Number], AfterValidator(_counted)]
 
 
 class CheckpointState(BaseModel):
-    """`state.json`: progress, the run's facts, the schedule of the alignment, the optimizer's numbers by parameter."""
+    """`state.json`: progress, the run's facts, the optimizer's numbers by parameter, and the schedules of the weights
+    of reference alignment and, by name, of the objectives beside it."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -56,6 +57,7 @@ class CheckpointState(BaseModel):
     skipped: _Count = 0
     run: dict[str, Any]
     schedule: dict[str, _Number | str]
+    schedules: dict[str, dict[str, _Number | str]] = {}
     optimizer: dict[str, _OptimizerNumbers]
     ema_steps: _Count | None = None
 

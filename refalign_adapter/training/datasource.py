@@ -11,11 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..alignment.objective import Objective
 from ..batch import Batch, CachedSample
 from ..data.cache.buckets import BucketBatchSampler
-from ..data.cache.dataset import CachedDataset, UnreadableRowError, collate, open_cache
+from ..data.cache.collate import collate
+from ..data.cache.dataset import CachedDataset, UnreadableRowError, open_cache
+from ..data.cache.entries import REMEDY
 from ..data.cache.freshness import check_fresh
-from ..data.cache.index import REMEDY
 from ..data.cache.prefetch import loaded
 from ..data.sources.manifest import sources_of
 from ..errors import UserError
@@ -65,9 +67,9 @@ class TrainingData:
         return {"training": self.training.keys, "held_out": held_out}
 
     @property
-    def teachers(self) -> dict[str, int]:
-        """Teacher id -> width, as cached."""
-        return self.training.meta.teachers
+    def widths(self) -> dict[str, dict[str, int]]:
+        """Objective -> teacher id -> width of the targets, as cached."""
+        return self.training.meta.widths
 
     def training_batches(self, epoch: int, position: int) -> Iterator[Batch]:
         """One pass over the training rows after the other without end, from batch `position` of pass `epoch` on.
@@ -183,23 +185,31 @@ def _collate_rows(rows: Sequence[_EpochRow]) -> Batch:
     return replace(batch, names=[row.name for row in rows], unreadable=unreadable)
 
 
-def open_data(recipe: Recipe, accelerator: Accelerator) -> TrainingData:
+def open_data(recipe: Recipe, accelerator: Accelerator, objectives: Sequence[Objective] = ()) -> TrainingData:
     """Open the recipe's cache.
+
+    Args:
+        recipe: whose.
+        accelerator: its processes.
+        objectives: beside the recipe's own, whose targets are read too.
 
     Raises:
         UserError: there is no cache, it was made with other settings or its files have changed since, or it has too
             few rows.
     """
     options = options_of(recipe)
-    training = open_cache(options)
-    validation = open_cache(options, split="validation") if recipe.data.validation_data else None
+    cached = partial(
+        open_cache, options, targets={item.name: list(item.targets) for item in objectives if item.targets}
+    )
+    training = cached()
+    validation = cached(split="validation") if recipe.data.validation_data else None
     held_out = recipe.data.validation_rows
     if validation is None and held_out:
         keys = training.keys
         if held_out >= len(keys):
             raise UserError(f"data.validation_rows must leave rows to train on, got {held_out} of {len(keys)}")
-        training = open_cache(options, keys[:-held_out])
-        validation = open_cache(options, keys[-held_out:])
+        training = cached(keys[:-held_out])
+        validation = cached(keys[-held_out:])
     if accelerator.is_main_process:
         check_fresh(options)
     buckets = partial(_buckets, by_references=recipe.data.bucket_by_references)

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
+from ..alignment.objective import Objective
 from ..batch import Batch
 from ..data.cache.dataset import UnreadableRowError
 from ..data.cache.prefetch import read_ahead, workers_told
@@ -29,6 +30,7 @@ from .bad_steps import Seen, all_finite, listed, look_into, names_of, not_finite
 from .checkpoint import averaged_weights, save_checkpoint, save_sidecar
 from .checkpoint_files import ADAPTER, TRAINING, newest_whole, write_sidecar_checksums
 from .interrupt import Interrupted, SignalWatch, largest, together
+from .objectives import full_weights, weights_at
 from .resuming import resume, starting_point
 from .run_lock import only_run
 from .samples import Sampler
@@ -52,11 +54,12 @@ class _Watchers:
     sampler: Sampler | None
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe, objectives: Sequence[Objective] = ()) -> Path:
     """Train an adapter as the recipe says.
 
     Args:
         recipe: see `Recipe`.
+        objectives: what is added to the loss beside that; the cache must hold their targets.
 
     Returns:
         The adapter's folder, `output_dir/adapter`.
@@ -74,7 +77,7 @@ def train(recipe: Recipe) -> Path:
                 if accelerator.is_main_process:  # the processes of a launch are one run
                     held.enter_context(only_run(output_dir))
                     _remove_leftovers(output_dir)
-            return _train(recipe, accelerator, output_dir)
+            return _train(recipe, accelerator, output_dir, objectives)
     finally:
         _let_go(accelerator)
 
@@ -85,11 +88,11 @@ def _remove_leftovers(output_dir: Path) -> None:
         remove_leftovers(folder)
 
 
-def _train(recipe: Recipe, accelerator: Accelerator, output_dir: Path) -> Path:
+def _train(recipe: Recipe, accelerator: Accelerator, output_dir: Path, objectives: Sequence[Objective]) -> Path:
     with together(accelerator):
         checkpoint = starting_point(recipe, output_dir, partial(say, accelerator))
     set_seed(recipe.seed)
-    run = build_run(recipe, accelerator, output_dir)
+    run = build_run(recipe, accelerator, output_dir, objectives=objectives)
     with together(accelerator), _kept_told(run):
         if checkpoint is not None:
             resume(run, checkpoint)
@@ -158,7 +161,7 @@ def _newest(output_dir: Path) -> str | None:
 
 
 def _train_all(run: Run, watchers: _Watchers) -> None:
-    meter = LossMeter(run.trained.branch.align_blocks)
+    meter = LossMeter(run.module.logs)
     batches = endless_batches(run)
     if run.progress.step == 0:
         with together(run.accelerator), _kept_told(run):
@@ -195,7 +198,7 @@ def optimizer_step(
         UserError: it is one too many of those.
     """
     accelerator, recipe, trained = run.accelerator, run.recipe, run.trained
-    weight = trained.schedule.weight_at(run.progress.step)
+    weights = weights_at(trained.objectives, run.progress.step)
     norm = torch.zeros(())
     fine, seen = True, []
     started, waited = time.perf_counter(), 0.0
@@ -209,7 +212,7 @@ def optimizer_step(
         with accelerator.accumulate(run.model):
             generator = torch.Generator().manual_seed(seed)
             batch = batch.to(accelerator.device)
-            output = run.model(batch, run.data.empty_text, generator=generator, alignment_weight=weight)
+            output = run.model(batch, run.data.empty_text, generator=generator, weights=weights)
             accelerator.backward(output.loss)
             seen.append((batch.keys, output.loss.detach()))
             if accelerator.sync_gradients:
@@ -218,13 +221,15 @@ def optimizer_step(
             if fine:
                 run.optimizer.step()
             run.optimizer.zero_grad()
-        meter.add(output, len(batch.keys), weight > 0)
+        meter.add(output, len(batch.keys))
         run.progress.micro_step += 1
         if not accelerator.sync_gradients and signals.anywhere(accelerator):
             return None
     run.progress.step += 1
     values = {f"train/{name}": value for name, value in meter.reduce(accelerator).items()}
-    values |= {"train/grad_norm": float(norm), "train/alignment_weight": weight, **_rates(run)}
+    values |= {"train/grad_norm": float(norm)}
+    values |= {f"train/{objective.weight_name}": weights[objective.name] for objective in trained.objectives}
+    values |= _rates(run)
     values[DATA_WAIT] = waited / (time.perf_counter() - started)  # the norm has waited for the device
     _conclude(run, fine, seen)
     return {**values, "train/skipped": run.progress.skipped}
@@ -295,7 +300,7 @@ def _look(run: Run, watchers: _Watchers, first: bool = False) -> None:
                 run.data.groups,
                 run.data.empty_text,
                 run.accelerator,
-                alignment_weight=recipe.alignment.weight,
+                weights=full_weights(run.trained.objectives),
                 left_out=run.data.left_out,
             )
         without = _tell_left_out(run)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..alignment.objective import Objective
+from ..alignment.schedule import AlignmentSchedule
+from ..batch import REFERENCE
 from ..branch.attach import ReferenceBranch
 from ..config_checks import MAX_NAME
 from ..errors import UserError, shorten
@@ -21,6 +25,7 @@ from ..export.layers import layers_of
 from ..recipes.optimizers import find_optimizer
 from .checkpoint import EMA, LORA, OPTIMIZER, PROJECTORS, Progress, Trained
 from .checkpoint_files import ADAPTER, TRAINING, CheckpointState, check_sidecar, damaged, read_state
+from .objectives import HEADS, heads_state, load_heads, objective_of
 
 SAME = ("lora_scope", "attention", "r", "lora_alpha")
 """What the same weights mean another adapter without."""
@@ -44,19 +49,20 @@ def load_checkpoint(folder: Path, trained: Trained) -> tuple[Progress, dict[str,
         lora = adapter.tensors()
         if (raw := folder / TRAINING / LORA).is_file():  # the adapter holds the average
             lora = _with_peft_names(load_file(raw), trained.branch.adapter_name)
-        heads = load_file(folder / TRAINING / PROJECTORS) if trained.projectors is not None else {}
+        heads = load_file(folder / TRAINING / PROJECTORS) if heads_state(trained.objectives) else {}
         averaged = state.ema_steps is not None and trained.ema is not None
         shadow = load_file(folder / TRAINING / EMA) if averaged else {}
         _check_finite(lora, heads, shadow)
     _check_config(trained.branch, adapter, FIELD, folder)
     _check_lora(trained.branch, lora, FIELD, folder)
-    _check_projectors(trained.projectors, heads, FIELD, folder)
+    _check_heads(trained.objectives, heads, FIELD, folder)
     optimizer = _optimizer_state(trained, tensors, state, folder)
     with _damage_told(folder):
-        trained.schedule.load_state_dict(state.schedule)
+        schedules = [_schedule(objective, state) for objective in trained.objectives]
     _load_lora(trained.branch, lora)
-    if trained.projectors is not None:
-        trained.projectors.load_state_dict(heads)
+    load_heads(trained.objectives, heads)
+    for objective, schedule in zip(trained.objectives, schedules, strict=True):
+        objective.schedule = schedule
     trained.optimizer.load_state_dict(optimizer)
     if trained.ema is not None:  # a run that had none starts its average here
         trained.ema.shadow_params = [
@@ -67,16 +73,16 @@ def load_checkpoint(folder: Path, trained: Trained) -> tuple[Progress, dict[str,
     return Progress(state.step, state.micro_step, state.epoch, state.position, state.skipped), state.run
 
 
-def load_initial_weights(source: str, branch: ReferenceBranch, projectors: nn.Module | None) -> bool:
-    """Start from another run's adapter, and from its projectors where its sidecar lies beside it.
+def load_initial_weights(source: str, branch: ReferenceBranch, objectives: Sequence[Objective]) -> set[str]:
+    """Start from another run's adapter, and from the objectives' heads that lie beside it.
 
     Args:
         source: adapter folder or Hub id.
         branch: takes the LoRA's weights.
-        projectors: take the sidecar's.
+        objectives: take the heads that were trained for the same objective; those of others are left alone.
 
     Returns:
-        Whether the projectors were found.
+        Names of the objectives whose heads were found.
 
     Raises:
         UserError: no adapter, or one that does not fit.
@@ -85,18 +91,20 @@ def load_initial_weights(source: str, branch: ReferenceBranch, projectors: nn.Mo
         adapter = open_adapter(source)
         sidecar = adapter.path.parent / TRAINING / PROJECTORS
         lora = adapter.tensors()
-        heads = _sidecar(sidecar) if projectors is not None and sidecar.is_file() else {}
+        heads = _sidecar(sidecar) if objectives and sidecar.is_file() else {}
         _check_finite(lora, heads)
     except (SafetensorError, OSError, UserError) as error:
         raise UserError(f"init_adapter: {source!r} cannot be started from ({_first_line(error)})") from None
     _check_config(branch, adapter, "init_adapter", adapter.path)
     _check_lora(branch, lora, "init_adapter", adapter.path)
-    if heads:
-        _check_projectors(projectors, heads, "init_adapter", sidecar)
+    there = {objective_of(name) for name in heads}
+    found = [objective for objective in objectives if objective.name in there]
+    names = {objective.name for objective in found}
+    own = {name: tensor for name, tensor in heads.items() if objective_of(name) in names}
+    _check_heads(found, own, "init_adapter", sidecar)
     _load_lora(branch, lora)
-    if heads and projectors is not None:
-        projectors.load_state_dict(heads)
-    return bool(heads)
+    load_heads(found, own)
+    return names
 
 
 def _sidecar(path: Path) -> dict[str, Tensor]:
@@ -163,15 +171,24 @@ def _anew(folder: Path) -> str:
 
 
 def _check_kinds(trained: Trained, state: CheckpointState, folder: Path) -> None:
-    """Refuse the state of another optimizer, or of a run with alignment in one without and the reverse."""
+    """Refuse the state of another optimizer, or of a run with an objective in one without it and the reverse."""
     check_optimizer(type(trained.optimizer), state, folder)
-    aligned = any(name.startswith("projectors.") for name in state.optimizer)
-    if aligned != (trained.projectors is not None):
-        then, here = ("with", "without") if aligned else ("without", "with")
+    there = {objective_of(name.removeprefix(HEADS)) for name in state.optimizer if name.startswith(HEADS)}
+    ours = {objective_of(name) for name in heads_state(trained.objectives)}
+    for name in sorted(there ^ ours):
+        then, here = ("with", "without") if name in there else ("without", "with")
+        what, remedy = _told(name)
         raise UserError(
-            f"{FIELD}: {str(folder)!r} was trained {then} alignment, this recipe is {here} it; make alignment.weight "
-            f"and adapter.align_layers what they were (cutoff_step ends the alignment at a step), {_anew(folder)}"
+            f"{FIELD}: {str(folder)!r} was trained {then} {what}, this recipe is {here} it; {remedy}, {_anew(folder)}"
         )
+
+
+def _told(objective: str) -> tuple[str, str]:
+    """What an objective is called, and how a run has it again."""
+    if objective == REFERENCE:
+        fields = "alignment.weight and adapter.align_layers"
+        return "alignment", f"make {fields} what they were (cutoff_step ends the alignment at a step)"
+    return f"objective {shorten(objective)}", "train with the objectives it was trained with"
 
 
 def _class_of(optimizer: str) -> type[torch.optim.Optimizer] | None:
@@ -180,6 +197,17 @@ def _class_of(optimizer: str) -> type[torch.optim.Optimizer] | None:
         return find_optimizer(optimizer)
     except UserError:
         return None
+
+
+def _schedule(objective: Objective, state: CheckpointState) -> AlignmentSchedule:
+    """The schedule that the objective was trained with.
+
+    Raises:
+        KeyError, ConfigError: there is none, or one that cannot be.
+    """
+    schedule = copy.copy(objective.schedule)
+    schedule.load_state_dict(state.schedule if objective.name == REFERENCE else state.schedules[objective.name])
+    return schedule
 
 
 def _optimizer_state(
@@ -227,9 +255,8 @@ def _load_lora(branch: ReferenceBranch, state: dict[str, Tensor]) -> None:
     set_peft_model_state_dict(branch.transformer, state, adapter_name=branch.adapter_name)
 
 
-def _check_projectors(projectors: nn.Module | None, state: dict[str, Tensor], field: str, folder: Path) -> None:
-    if projectors is not None:
-        _check_same(projectors.state_dict(), state, field, folder, "projectors")
+def _check_heads(objectives: Sequence[Objective], state: dict[str, Tensor], field: str, folder: Path) -> None:
+    _check_same(heads_state(objectives), state, field, folder, "projectors")
 
 
 def _check_same(wanted: dict[str, Tensor], got: dict[str, Tensor], field: str, folder: Path, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def resume(run: Run, folder: Path) -> None:
     Raises:
         UserError: a damaged checkpoint or one that does not fit.
     """
+    recipes = [copy.copy(objective.schedule) for objective in run.trained.objectives]
     run.progress, before = load_checkpoint(folder, run.trained)
     if folder.parent.resolve() == run.output_dir.resolve():
         run.saved = run.progress.step
@@ -80,8 +82,10 @@ def resume(run: Run, folder: Path) -> None:
     if others := [change for change in changed if change[0] != "rows"]:
         listed = ", ".join(f"{name} {shorten(old)} → {shorten(new)}" for name, old, new in others)
         say(run.accelerator, f"changed since then: {listed}")
-    if any(name.startswith("alignment.") for name, _, _ in changed):
-        run.trained.schedule = run.recipe.alignment_schedule()
+    sections = {name.partition(".")[0] for name, _, _ in changed}
+    for objective, schedule in zip(run.trained.objectives, recipes, strict=True):
+        if objective.section in sections:
+            objective.schedule = schedule
     if order := ORDER_FIELDS.intersection(name for name, _, _ in changed):
         run.progress.position = 0
         if "rows" not in order:  # else it has been told

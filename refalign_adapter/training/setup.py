@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,8 @@ from accelerate.utils import ProjectConfiguration
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..alignment.projector import Projectors
+from ..alignment.objective import Objective
+from ..batch import REFERENCE
 from ..branch.attach import ReferenceBranch, attach
 from ..errors import ConfigError, UserError
 from ..families.base import Family
@@ -28,6 +30,7 @@ from .base_model import load_transformer, read_base
 from .checkpoint import Progress, Trained
 from .datasource import TrainingData, open_data
 from .interrupt import together
+from .objectives import build_objectives
 from .offload import offloaded_checkpoint
 from .restore import load_initial_weights
 from .step import StepOptions, TrainingStep
@@ -125,7 +128,13 @@ def _precision(recipe: Recipe) -> str:
     return wanted
 
 
-def build_run(recipe: Recipe, accelerator: Accelerator, output_dir: Path, data: TrainingData | None = None) -> Run:
+def build_run(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    output_dir: Path,
+    data: TrainingData | None = None,
+    objectives: Sequence[Objective] = (),
+) -> Run:
     """Load the base, attach the adapter, open the data, and have accelerate wrap what is trained.
 
     Args:
@@ -133,33 +142,35 @@ def build_run(recipe: Recipe, accelerator: Accelerator, output_dir: Path, data: 
         accelerator: see `build_accelerator`.
         output_dir: its folder.
         data: what to train on; None opens the recipe's cache.
+        objectives: beside those that the recipe asks for; the cache must hold their targets.
 
     Raises:
         UserError: a base, cache or adapter that does not exist or does not fit.
     """
     with together(accelerator):
         family, shift = read_base(recipe)
-        data = data or open_data(recipe, accelerator)
+        data = data or open_data(recipe, accelerator, objectives)
         branch = _build_branch(recipe, family, accelerator)
-        projectors = _build_projectors(recipe, branch, data)
-        _start_from(recipe.init_adapter, branch, projectors, accelerator)
+        every = [*build_objectives(recipe, branch, data.widths), *objectives]
+        module = TrainingStep(branch, every, step_options(recipe, shift))
+        _start_from(recipe.init_adapter, branch, every, accelerator)
         lora = [parameter for _, parameter in branch.named_parameters()]
-        optimizer = build_optimizer(recipe, lora, projectors.parameters() if projectors is not None else ())
-        module = TrainingStep(branch, projectors, step_options(recipe, shift))
+        optimizer = build_optimizer(recipe, lora, module.objectives.parameters())
         module.train()
     model, wrapped = accelerator.prepare(module, optimizer)
-    trained = Trained(branch, projectors, optimizer, recipe.alignment_schedule(), _build_average(recipe, lora))
+    trained = Trained(branch, every, optimizer, _build_average(recipe, lora))
     scheduler = build_scheduler(recipe, optimizer)
     return Run(recipe, accelerator, output_dir, module, model, trained, wrapped, scheduler, data)
 
 
 def _start_from(
-    source: str | None, branch: ReferenceBranch, projectors: Projectors | None, accelerator: Accelerator
+    source: str | None, branch: ReferenceBranch, objectives: Sequence[Objective], accelerator: Accelerator
 ) -> None:
     if source:
-        found = load_initial_weights(source, branch, projectors)
-        if projectors is not None and not found:
-            say(accelerator, f"init_adapter: no projectors lie beside {source!r}, new ones are trained")
+        found = load_initial_weights(source, branch, objectives)
+        for name in [objective.name for objective in objectives if objective.name not in found]:
+            of_it = "" if name == REFERENCE else f" of objective {name}"
+            say(accelerator, f"init_adapter: no projectors{of_it} lie beside {source!r}, new ones are trained")
 
 
 def step_options(recipe: Recipe, shift: float) -> StepOptions:
@@ -173,10 +184,6 @@ def step_options(recipe: Recipe, shift: float) -> StepOptions:
         text_dropout=dropout.text,
         reference_dropout=dropout.references,
         both_dropout=dropout.both,
-        positive_margin=recipe.alignment.positive_margin,
-        negative_margin=recipe.alignment.negative_margin,
-        negative_weight=recipe.alignment.negative_weight,
-        timestep_gate=recipe.alignment.timestep_gate,
     )
 
 
@@ -217,12 +224,3 @@ def _build_average(recipe: Recipe, parameters: list[nn.Parameter]) -> EMAModel |
     from diffusers.training_utils import EMAModel  # its module takes seconds to import
 
     return EMAModel(parameters, decay=recipe.ema_decay)
-
-
-def _build_projectors(recipe: Recipe, branch: ReferenceBranch, data: TrainingData) -> Projectors | None:
-    """Heads for every aligned block and teacher; None where nothing is aligned."""
-    if not branch.align_blocks or recipe.alignment.weight == 0:
-        return None
-    teachers = {name: data.teachers[name] for name in recipe.adapter.teachers}
-    generator = torch.Generator().manual_seed(recipe.seed)
-    return Projectors(branch.align_blocks, branch.family.hidden_size(branch.transformer), teachers, generator)

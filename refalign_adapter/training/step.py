@@ -1,36 +1,33 @@
-"""One training step, the whole method on a page: drop conditions, add noise, predict, flow loss, alignment loss.
+"""One training step, the whole method on a page: drop conditions, add noise, predict, flow loss, the objectives' sum.
 
-Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, M references, N tokens per
-reference, S text tokens, D text width, h and w a teacher's grid, T a teacher's width.
+Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, M references, S text
+tokens, D text width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..alignment.projector import Projectors
-from ..alignment.reference.loss import reference_alignment_loss
-from ..alignment.schedule import timestep_gate
+from ..alignment.objective import Context, Features, Objective, problems_of, zero_of
 from ..batch import Batch, StepOutput
 from ..branch.attach import ReferenceBranch
+from ..errors import ConfigError
 from ..flow import TimestepSampling, flow_loss, interpolate, sample_sigmas, velocity_target
-from ..grids import resample_grid
+from .taps import video_tokens
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a step draws and weighs.
+    """What a step draws.
 
     Attributes:
         timestep_sampling, logit_mean, logit_std, shift: how sigmas are drawn, see `flow.sample_sigmas`.
         text_dropout, reference_dropout, both_dropout: shares of samples that lose text, references or both.
-        positive_margin, negative_margin, negative_weight: of the alignment loss, see `reference_alignment_loss`.
-        timestep_gate: power p of the factor sigma^p on a sample's alignment term; None: no factor. The released code
-            has 3, the paper's text does not mention it.
     """
 
     timestep_sampling: TimestepSampling = "uniform"
@@ -40,10 +37,6 @@ class StepOptions:
     text_dropout: float = 0.1
     reference_dropout: float = 0.1
     both_dropout: float = 0.1
-    positive_margin: float = 0.0
-    negative_margin: float = 1.0
-    negative_weight: float = 1.0
-    timestep_gate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,20 +57,31 @@ class Shown:
 
 
 class TrainingStep(nn.Module):
-    """Transformer, branch and projectors as the one module that accelerate wraps.
+    """Transformer, branch and the objectives' heads as the one module that accelerate wraps.
 
     Args:
         branch: a reference branch; its transformer becomes a submodule.
-        projectors: a head per aligned block and teacher; None trains on the flow loss alone.
+        objectives: what is added to the flow loss; without any it is all.
         options: see `StepOptions`.
+
+    Raises:
+        ConfigError: objectives that do not go together, or tap what is not there.
     """
 
-    def __init__(self, branch: ReferenceBranch, projectors: Projectors | None, options: StepOptions):
+    def __init__(self, branch: ReferenceBranch, objectives: Sequence[Objective], options: StepOptions):
         super().__init__()
         self.transformer: Any = branch.transformer
-        self.projectors = projectors
+        blocks = len(branch.family.blocks(branch.transformer))
+        if problems := list(problems_of(objectives, blocks, branch.align_blocks)):
+            raise ConfigError(problems)
+        self.objectives: Any = nn.ModuleList(objectives)
         self.branch = branch
         self.options = options
+
+    @property
+    def logs(self) -> list[str]:
+        """Names of all that a step's output may tell besides its losses."""
+        return [name for objective in self.objectives for name in objective.logs]
 
     def forward(
         self,
@@ -85,7 +89,7 @@ class TrainingStep(nn.Module):
         empty_text: Tensor,
         *,
         generator: torch.Generator,
-        alignment_weight: float,
+        weights: Mapping[str, float],
         drop_conditions: bool = True,
         sigmas: Tensor | None = None,
         noise: Tensor | None = None,
@@ -96,7 +100,7 @@ class TrainingStep(nn.Module):
             batch: see `Batch`.
             empty_text: (S, D) embedding of the empty prompt.
             generator: a CPU generator; all of the step's randomness comes from it.
-            alignment_weight: η of this step; 0 skips the alignment.
+            weights: objective -> its weight in this step; one of 0 or that is not here is left out.
             drop_conditions: whether text and references are dropped at random (training) or kept (validation).
             sigmas: (B,) in [0, 1], instead of drawn ones.
             noise: of the latents' shape, likewise.
@@ -116,28 +120,56 @@ class TrainingStep(nn.Module):
         arguments = self.branch.family.forward_arguments(
             interpolate(latents, noise, sigmas).to(dtype), sigmas, shown.text.to(dtype)
         )
-        self.branch.capture = self.projectors is not None and alignment_weight > 0
-        with self.branch.references(shown.references.to(dtype), shown.mask, tokens=batch.tokens):
+        weighing = [objective for objective in self.objectives if weights.get(objective.name, 0.0) > 0]
+        self.branch.capture = any(objective.taps.reference for objective in weighing)
+        with (
+            self._video_tokens(weighing, latents) as tapped,
+            self.branch.references(shown.references.to(dtype), shown.mask, tokens=batch.tokens),
+        ):
             prediction = self.transformer(**arguments)[0]
         flow = flow_loss(prediction, velocity_target(latents, noise)).mean()
 
-        features = self.branch.features
+        features = Features(self.branch.features, tapped)
         self.branch.clear()
+        context = Context(sigmas, shown.aligned, self._reference_grid(batch), generator)
         output = StepOutput(loss=flow, flow=flow.detach())
-        if features:
-            output.loss = flow + alignment_weight * self._align(features, batch, shown.aligned, sigmas, output)
-        else:  # every process must have a gradient for every parameter
-            output.loss = flow + 0.0 * sum(parameter.sum() for parameter in self._left_out(prediction))
+        for objective in weighing:
+            term = objective.loss(features, batch, context)
+            output.loss = output.loss + weights[objective.name] * term.total
+            output.logs |= term.logs
+            output.counts |= term.counts
+        # Every process must have a gradient for every parameter.
+        left_out = [*self._heads_without_weight(weighing), *self._lora_out_of_reach(prediction, features)]
+        if left_out:
+            output.loss = output.loss + zero_of(left_out)
         return output
 
-    def _left_out(self, prediction: Tensor) -> list[nn.Parameter]:
-        """Trained parameters that the flow loss may not reach."""
-        left_out = [] if self.projectors is None else list(self.projectors.parameters())
+    def _video_tokens(self, objectives: Sequence[Objective], latents: Tensor) -> Any:
+        """See `video_tokens`; of all blocks that the objectives tap."""
+        frames, rows, columns = self.branch.family.patch_size(self.transformer)
+        _, _, length, height, width = latents.shape
+        blocks = {block for objective in objectives for block in objective.taps.video}
+        grid = (length // frames, height // rows, width // columns)
+        return video_tokens(self.transformer, self.branch.family, blocks, grid)
+
+    def _reference_grid(self, batch: Batch) -> tuple[int, int]:
+        _, rows, columns = self.branch.family.patch_size(self.transformer)
+        return batch.references.shape[-2] // rows, batch.references.shape[-1] // columns
+
+    def _heads_without_weight(self, weighing: Sequence[Objective]) -> list[nn.Parameter]:
+        return [
+            parameter
+            for objective in self.objectives
+            if objective not in weighing
+            for parameter in objective.heads.parameters()
+        ]
+
+    def _lora_out_of_reach(self, prediction: Tensor, features: Features) -> list[nn.Parameter]:
+        """The LoRA where the loss may not reach all of it."""
         # Of a LoRA on references alone, the video reads nothing without references, and with them nothing that comes
-        # after the last block's keys and values.
-        if not prediction.requires_grad or self.branch.config.lora_scope == "reference":
-            left_out += [parameter for _, parameter in self.branch.named_parameters()]
-        return left_out
+        # after the last block's keys and values; tapped references have that too.
+        reached = prediction.requires_grad and self.branch.config.lora_scope != "reference"
+        return [] if features.reference or reached else [parameter for _, parameter in self.branch.named_parameters()]
 
     def _drop_conditions(self, batch: Batch, empty_text: Tensor, generator: torch.Generator) -> Shown:
         """Dropped prompts are replaced by the empty one, dropped references by what the adapter has in their place."""
@@ -166,49 +198,3 @@ class TrainingStep(nn.Module):
             logit_std=options.logit_std,
             generator=generator,
         )
-
-    def _align(
-        self, features: dict[int, Tensor], batch: Batch, mask: Tensor, sigmas: Tensor, output: StepOutput
-    ) -> Tensor:
-        """Mean alignment term over blocks and teachers; fills in the parts of `output`."""
-        assert self.projectors is not None
-        patch = self.branch.family.patch_size(self.transformer)
-        grid = (batch.references.shape[-2] // patch[1], batch.references.shape[-1] // patch[2])
-        targets = {
-            name: resample_grid(target, grid).flatten(2, 3).to(batch.references.device)
-            for name, target in batch.teacher.items()
-        }
-        gate = timestep_gate(sigmas, self.options.timestep_gate)
-        shown = {"mask": mask.cpu(), "subjects": batch.subjects.cpu()}  # the loss reads them on the host, every time
-        if batch.tokens is not None:
-            shown["tokens"] = batch.tokens.flatten(2).cpu()
-        output.references = int(shown["mask"].sum())
-        totals = []
-        for block, students in self.projectors(features).items():
-            parts = [self._block_loss(student, targets[name], shown, gate) for name, student in students.items()]
-            totals += [part[0] for part in parts]
-            means = torch.stack([torch.stack(part[1:]) for part in parts]).mean(0)
-            output.positive[block], output.negative[block], output.cosine[block] = means.unbind()
-        return torch.stack(totals).mean()
-
-    def _block_loss(
-        self, student: Tensor, target: Tensor, shown: dict[str, Tensor], gate: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(total, positive, negative, cosine) of one block and teacher; a sample's total is multiplied by its gate.
-
-        `shown` holds the loss's mask, subjects and, where some are left out, tokens.
-        """
-        margins = (self.options.positive_margin, self.options.negative_margin, self.options.negative_weight)
-        if self.options.timestep_gate is None:
-            loss = reference_alignment_loss(student, target, *margins, **shown)
-            return loss.total, loss.positive, loss.negative, loss.cosine
-        losses = [
-            reference_alignment_loss(
-                student[i], target[i], *margins, **{name: values[i] for name, values in shown.items()}
-            )
-            for i in range(len(student))
-        ]
-        total = torch.stack([loss.total for loss in losses]) @ gate.to(losses[0].total)
-        names = ("positive", "negative", "cosine")
-        positive, negative, cosine = (torch.stack([getattr(loss, name) for loss in losses]).mean() for name in names)
-        return total / len(losses), positive, negative, cosine

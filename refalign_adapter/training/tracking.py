@@ -23,19 +23,14 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class LossMeter:
-    """Means of losses over batches and processes.
-
-    The names it gives: `loss`, `flow`, `positive`, `negative` (means over the aligned blocks), and per block
-    `cosine/block_{index}`. As in the loss, samples without references count 0 in the positive and negative term; the
-    cosine is a mean over references.
+    """Means of losses over batches and processes, by name: `loss`, `flow`, and what the objectives log.
 
     Args:
-        blocks: indices of the aligned blocks.
+        logs: names of these, the same on every process, see `TrainingStep.logs`.
     """
 
-    def __init__(self, blocks: Sequence[int]):
-        self.names = ["loss", "flow", "positive", "negative", *(f"cosine/block_{block}" for block in blocks)]
-        self.blocks = list(blocks)
+    def __init__(self, logs: Sequence[str]):
+        self.names = ["loss", "flow", *logs]
         self.clear()
 
     def clear(self) -> None:
@@ -43,20 +38,14 @@ class LossMeter:
         self.sums = torch.zeros(len(self.names), dtype=torch.float64)
         self.counts = torch.zeros(len(self.names), dtype=torch.float64)
 
-    def add(self, output: StepOutput, samples: int, aligned: bool) -> None:
-        """Add one batch of `samples` samples; `aligned`: whether the alignment had a weight."""
-        values = [output.loss, output.flow]
-        if output.cosine:
-            per_block = [[part[block] for block in self.blocks] for part in (output.positive, output.negative)]
-            values += [torch.stack(part).mean() for part in per_block]
-            values += [output.cosine[block] for block in self.blocks]
-        elif aligned:
-            values += [torch.zeros(()), torch.zeros(())]
-        row = torch.stack([value.detach().double().cpu() for value in values])
-        weights = torch.full_like(row, samples)
-        weights[len(self.names) - len(self.blocks) :] = output.references  # the cosine is a mean over references
-        self.sums[: len(row)] += row * weights
-        self.counts[: len(row)] += weights
+    def add(self, output: StepOutput, samples: int) -> None:
+        """Add one batch of `samples` samples."""
+        values = {"loss": output.loss, "flow": output.flow, **output.logs}
+        places = [self.names.index(name) for name in values]
+        row = torch.stack([value.detach().double().cpu() for value in values.values()])
+        weights = torch.tensor([output.counts.get(name, samples) for name in values], dtype=torch.float64)
+        self.sums[places] += row * weights
+        self.counts[places] += weights
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over what was added on all processes, by name, those without a value left out; then forgets it."""

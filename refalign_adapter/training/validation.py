@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -45,7 +45,7 @@ def validate(
     empty_text: torch.Tensor,
     accelerator: Accelerator,
     *,
-    alignment_weight: float,
+    weights: Mapping[str, float],
     left_out: Container[int] = (),
 ) -> dict[str, float]:
     """Mean losses over all batches, shared out among the processes.
@@ -56,7 +56,7 @@ def validate(
         groups: numbers of the held-out rows in each batch, the same on every process.
         empty_text: (S, D) embedding of the empty prompt.
         accelerator: its device; sums over its processes.
-        alignment_weight: η in the loss that is told; 0 leaves the alignment out.
+        weights: objective -> its weight in the loss that is told; one of 0 is left out.
         left_out: numbers of the rows that are not in their batch, once `load` has given it.
 
     Returns:
@@ -65,7 +65,7 @@ def validate(
     Raises:
         UserError: what `load` raises, on any process.
     """
-    meter = LossMeter(module.branch.align_blocks)
+    meter = LossMeter(module.logs)
     training = module.training
     module.eval()
     try:
@@ -80,12 +80,12 @@ def validate(
                         batch.to(accelerator.device),
                         empty_text,
                         generator=torch.Generator(),  # nothing is drawn from it
-                        alignment_weight=alignment_weight,
+                        weights=weights,
                         drop_conditions=False,
                         sigmas=fixed_sigmas(shown, module.options.shift),
                         noise=torch.stack([fixed_noise(key, batch.latents.shape[1:]) for key in batch.keys]),
                     )
-                    meter.add(output, len(shown), alignment_weight > 0)
+                    meter.add(output, len(shown))
     finally:
         module.train(training)
     return meter.reduce(accelerator)

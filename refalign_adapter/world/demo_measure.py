@@ -67,7 +67,7 @@ def measure(base: Path, adapter: Path, cache_dir: Path, *, height: int, width: i
         height, width: of the reference images that are drawn, in pixels.
         seed: of subjects, pairing and noise.
     """
-    rows = CachedDataset(cache_dir, split="validation", teachers=())
+    rows = CachedDataset(cache_dir, split="validation", targets={})
     pipe = FAMILY.load_pipeline(str(base))
     subjects, views, labels = paired_views(pipe, height, width, seed)
     arguments: dict[str, Any] = {"num_frames": rows.shapes[0][1], "seed": seed}

@@ -57,6 +57,14 @@ def test_true_and_none_equal_the_definition_row_by_row(branch):
     assert (result.true, result.none) == pytest.approx((sum(true) / 5, sum(none) / 5), abs=1e-5)
 
 
+def test_rows_without_references_say_nothing(branch):
+    with_some = make_samples([2, 2])
+    alone = reference_sensitivity(branch, with_some, sigmas=(0.3,))
+    beside = reference_sensitivity(branch, [*with_some, *make_samples([0, 0])], sigmas=(0.3,))
+    assert beside.n == 2
+    assert beside.true == pytest.approx(alone.true, abs=1e-5)
+
+
 def test_none_is_zeros_where_the_adapter_has_them_in_their_place():
     config = RefAlignConfig(r=4, lora_alpha=4, align_layers=1, null_reference="zeros")
     branch = attach(tiny_transformer(num_layers=2), config, seed=0)

@@ -12,8 +12,9 @@ from tiny_models import tiny_transformer
 
 import refalign_adapter as ra
 from refalign_adapter.branch.reference_cache import ReferenceCache
+from refalign_adapter.data.cache.entries import IndexEntry, RowParts
 from refalign_adapter.data.cache.freshness import write_files
-from refalign_adapter.data.cache.index import IndexEntry, RowParts, write_index
+from refalign_adapter.data.cache.index import write_index
 from refalign_adapter.data.cache.parts import PartStore
 from refalign_adapter.errors import WriteError
 from refalign_adapter.json_files import write_json

@@ -71,7 +71,7 @@ def test_parts_are_what_the_encoders_give(cached, encoders):
         assert text[tokens:].abs().sum() == 0
 
         references = store.read("references", entry.parts.references)
-        features = store.read("teacher", entry.parts.teachers[options.teachers[0]])
+        features = store.read("teacher", entry.parts.targets["reference"][options.teachers[0]])
         assert entry.variants == len(references) == len(features) == (2 if row.pair == "regular" else 1)
         assert references.shape[1:] == (len(row.references), 16, 4, 6)
         assert features.shape[1:] == (len(row.references), 2, 3, 24)
@@ -366,7 +366,7 @@ def test_captions_and_clips_are_encoded_one_after_the_other(options, encoders, b
     moves = []
     made = {name: Placed(name, moves) for name in ("text_encoder", "vae", "teacher")}
     pipe = SimpleNamespace(text_encoder=made["text_encoder"], vae=made["vae"], tokenizer=object())
-    shared = Encoders(encoders.family, pipe, encoders.patch_size, {"t": made["teacher"]}, device="cuda")
+    shared = Encoders(encoders.family, pipe, encoders.patch_size, {"reference": {"t": made["teacher"]}}, device="cuda")
     for kind in ("text", "text", "images", "images"):
         shared.use(kind)
     assert moves == [

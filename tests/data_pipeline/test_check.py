@@ -17,6 +17,7 @@ from PIL import Image
 from refalign_adapter.data.cache.encode import Facts, Plan, RowPreparer
 from refalign_adapter.data.cache.options import CacheOptions
 from refalign_adapter.data.cache.parts import PartStore
+from refalign_adapter.data.cache.targets import Sizes
 from refalign_adapter.data.check.between_rows import CheckedRow, findings_between
 from refalign_adapter.data.check.check import DataCheck, check_data
 from refalign_adapter.data.check.findings import KINDS
@@ -208,10 +209,15 @@ def test_nothing_is_found_in_a_clean_set(data):
     assert {checked.look.size for checked in check.rows} == {Size(5, 32, 48)}
 
 
+def sizes_of(size: Size, options: CacheOptions) -> Sizes:
+    video = (size.num_frames, size.height, size.width)
+    return Sizes(video, canvas_of(size, options), options.keep_background, (2, 3), (4, 16, 16))
+
+
 def refused_by_the_cache(options: CacheOptions) -> set[int]:
     """Lines of the rows that making a cache would stop at."""
     facts = Facts({}, {}, {}, {}, None)
-    plans = {size: Plan(options.at(size), facts, canvas_of(size, options)) for size in options.sizes}
+    plans = {size: Plan(options.at(size), facts, sizes_of(size, options)) for size in options.sizes}
     assert options.train_data
     preparer = RowPreparer(plans, PartStore("none"))
     return {row.line for row in load_manifest(options.train_data) if preparer[row].problem}

@@ -10,7 +10,8 @@ import tiny_data
 import torch
 
 from refalign_adapter.batch import CachedSample
-from refalign_adapter.data.cache.dataset import CachedDataset, collate, open_cache
+from refalign_adapter.data.cache.collate import collate
+from refalign_adapter.data.cache.dataset import CachedDataset, open_cache
 from refalign_adapter.data.cache.options import DTYPES
 from refalign_adapter.errors import UserError
 
@@ -22,7 +23,7 @@ def test_samples_have_the_documented_shapes_and_need_no_encoder(cached, tmp_path
     base.mkdir()
     dataset = open_cache(replace(options, base_model=str(base)))
     assert dataset.shapes == [(16, 2, 4, 6)] * 4
-    assert dataset.meta.teachers == {teacher: 24}
+    assert dataset.meta.widths == {"reference": {teacher: 24}}
     assert dataset.meta.max_sequence_length == 24
     assert dataset.meta.empty_text.shape == (24, 32)
     assert dataset.meta.empty_text[1:].abs().sum() == 0
@@ -33,7 +34,7 @@ def test_samples_have_the_documented_shapes_and_need_no_encoder(cached, tmp_path
         assert sample.latents.shape == (16, 2, 4, 6)
         assert sample.text.shape == (24, 32)
         assert sample.references.shape == (variants, count, 16, 4, 6)
-        assert sample.teacher[teacher].shape == (variants, count, 2, 3, 24)
+        assert sample.targets["reference"][teacher].shape == (variants, count, 2, 3, 24)
         assert sample.subjects.tolist() == [0, 1, 1][:count]
         assert {sample.latents.dtype, sample.text.dtype, sample.references.dtype} == {torch.bfloat16}
 
@@ -41,9 +42,9 @@ def test_samples_have_the_documented_shapes_and_need_no_encoder(cached, tmp_path
 def test_rows_choose_and_order(cached):
     options, _ = cached
     keys = CachedDataset(options.cache_dir).keys
-    chosen = CachedDataset(options.cache_dir, [keys[2], keys[0]], teachers=())
+    chosen = CachedDataset(options.cache_dir, [keys[2], keys[0]], targets={})
     assert [chosen[0].key, chosen[1].key] == [keys[2], keys[0]]
-    assert chosen[0].teacher == chosen.meta.teachers == {}
+    assert chosen[0].targets == chosen.meta.widths == {}
     with pytest.raises(UserError, match="rows: 'nothing' is no train row"):
         CachedDataset(options.cache_dir, ["nothing"])
 
@@ -137,7 +138,7 @@ def sample(key, count, variants, subjects=None, tokens=False):
         latents=draw(2, 3, 4, 5),
         text=draw(6, 7),
         references=draw(variants, count, 2, 4, 5),
-        teacher={"one": draw(variants, count, 2, 3, 8), "two": draw(variants, count, 1, 1, 4)},
+        targets={"reference": {"one": draw(variants, count, 2, 3, 8), "two": draw(variants, count, 1, 1, 4)}},
         subjects=torch.tensor(subjects or range(count)),
         tokens=draw(variants, count, 2, 3) > 0 if tokens else None,
     )
@@ -157,10 +158,10 @@ def test_collate_pads_references_at_the_end_and_picks_variants():
     assert batch.references[0, :, 1:].abs().sum() == 0
     assert torch.equal(batch.references[1].transpose(0, 1), samples[1].references[0])
     for name, shape in {"one": (2, 3, 2, 3, 8), "two": (2, 3, 1, 1, 4)}.items():
-        assert batch.teacher[name].shape == shape
-        assert torch.equal(batch.teacher[name][0, 0], samples[0].teacher[name][2, 0])
-        assert batch.teacher[name][0, 1:].abs().sum() == 0
-        assert torch.equal(batch.teacher[name][1], samples[1].teacher[name][0])
+        assert batch.targets["reference"][name].shape == shape
+        assert torch.equal(batch.targets["reference"][name][0, 0], samples[0].targets["reference"][name][2, 0])
+        assert batch.targets["reference"][name][0, 1:].abs().sum() == 0
+        assert torch.equal(batch.targets["reference"][name][1], samples[1].targets["reference"][name][0])
     assert torch.equal(collate(samples).references[0, :, 0], samples[0].references[0, 0])
 
 

@@ -58,14 +58,14 @@ def test_all_encoders_see_the_small_canvas(economical, encoders):
         sample = dataset[index]
         assert sample.latents.shape == (16, 2, 8, 12)
         assert sample.references.shape[1:] == (len(row.references), 16, 4, 6)
-        assert sample.teacher[teacher].shape[1:] == (len(row.references), 2, 3, 24)
+        assert sample.targets["reference"][teacher].shape[1:] == (len(row.references), 2, 3, 24)
         if row.pair == "cross":
             images = np.stack([canvas(reference) for reference in row.references])
             images = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
             encoded = encoders.family.encode_images(encoders.pipe, images * 2 - 1)
             assert torch.equal(sample.references[0], encoded.bfloat16())
             features = encoders.teachers[teacher].encode(images, (2, 3))
-            assert torch.equal(sample.teacher[teacher][0], features.bfloat16())
+            assert torch.equal(sample.targets["reference"][teacher][0], features.bfloat16())
 
 
 def test_tokens_say_where_anything_but_white_is_seen(economical):

@@ -40,7 +40,7 @@ def test_every_mistake_is_told_at_once_with_its_line(tmp_path):
         tmp_path,
         [
             good,
-            {"file_name": "b.mp4", "captoin": "a", "references": []},
+            {"file_name": "b.mp4", "captoin": "a", "references": {}},
             {**good, "caption": " ", "pair": "both", "references": [{"image": "a.png"}] * 3},
             {**good, "references": [{"image": "x.png", "maks": "a.png", "box": [3, 0, 1, 1], "subject": []}, 5]},
             good,
@@ -55,7 +55,7 @@ def test_every_mistake_is_told_at_once_with_its_line(tmp_path):
         "line 2: captoin is no known field; did you mean caption?",
         f"line 2: file_name: {missing('b.mp4')}",
         "line 2: caption must be text, got None",
-        "line 2: references must be a list of at least one, got []",
+        "line 2: references must be a list, empty where there are none, got {}",
         "line 3: caption must be text, got ' '",
         "line 3: pair must be one of regular, cross, got 'both'",
         "line 3: references: 3 are more than max_references (2)",

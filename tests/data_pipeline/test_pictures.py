@@ -20,7 +20,7 @@ from refalign_adapter.errors import UserError
 from refalign_adapter.media.video import count_frames, read_frame, read_video
 from refalign_adapter.media.video_file import write_video
 
-FACTS = Facts(video={}, references={}, text={}, teachers={}, augmentation=None)
+FACTS = Facts(video={}, references={}, text={}, targets={}, augmentation=None)
 
 
 @pytest.fixture(scope="module")

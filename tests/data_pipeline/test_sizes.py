@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from refalign_adapter.data.cache.buckets import BucketBatchSampler
-from refalign_adapter.data.cache.dataset import collate, open_cache
+from refalign_adapter.data.cache.collate import collate
+from refalign_adapter.data.cache.dataset import open_cache
 from refalign_adapter.data.cache.encode import RowPreparer, plans_of
 from refalign_adapter.data.cache.parts import PartStore
 from refalign_adapter.data.cache.verify import verify_cache
@@ -130,7 +131,7 @@ def test_rows_are_cached_at_their_sizes(mixed, encoders):
         assert sample.latents.equal(latents)
         assert sample.references.shape[-2:] == latents.shape[-2:]
         grid = encoders.token_grid(options.at(size))
-        assert all(features.shape[2:4] == grid for features in sample.teacher.values())
+        assert all(features.shape[2:4] == grid for features in sample.targets["reference"].values())
     assert report.made["video"] == 4
     assert verify_cache(options).count > 4
     meta = json.loads((Path(options.cache_dir) / "meta.json").read_text())

@@ -62,7 +62,7 @@ def test_mistakes_in_a_csv_are_told_by_row(data):
         f"row 2: file_name: {str(folder / 'clips/9.mp4')!r} does not exist",
         "row 2: caption must be text, got None",
         "row 2: references.0.image must be a path, got None",
-        "row 3: references must be a list of at least one, got 'not json'",
+        "row 3: references must be a list, empty where there are none, got 'not json'",
     ]
     lines = (folder / "t.csv").read_text().splitlines()
     (folder / "t.csv").write_text("\n".join(lines[:2]))

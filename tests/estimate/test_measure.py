@@ -20,15 +20,15 @@ def test_a_run_holds_the_bytes_that_are_estimated(setting_of, tmp_path, override
     accelerator = Accelerator(cpu=True)
     run = build_run(recipe, accelerator, tmp_path, RandomData(shapes, accelerator.device))
     batch = shapes.batch(1, setting.references, "cpu")
-    values = optimizer_step(run, iter([batch]), LossMeter(run.trained.branch.align_blocks), SignalWatch())
+    values = optimizer_step(run, iter([batch]), LossMeter(run.module.logs), SignalWatch())
     assert values is not None
     assert values["train/alignment_weight"] == 1.0
 
     parts = {part.name: part.bytes for part in training_memory(setting).gpu.parts}
     trained = run.trained
     assert parts["LoRA"] == bytes_of(parameter for _, parameter in trained.branch.named_parameters())
-    assert trained.projectors is not None
-    assert parts["projectors"] == module_bytes(trained.projectors)
+    (objective,) = trained.objectives
+    assert parts["projectors"] == module_bytes(objective)
     assert trained.ema is not None
     assert parts["moving average"] == bytes_of(trained.ema.shadow_params)
     states = [value for state in trained.optimizer.state.values() for value in state.values()]

@@ -105,7 +105,9 @@ def test_a_lora_on_all_layers_has_the_known_size(wan_setting, name, megabytes):
     step = build_step(setting.recipe, setting.models, torch.bfloat16)
     lora = sum(parameter.numel() for _, parameter in step.branch.named_parameters())
     assert round(lora * 2 / 1e6) == megabytes
-    assert module_bytes(step.projectors) == 9 * (step.projectors.dim // 2) * (step.projectors.dim + 768) * 4
+    (objective,) = step.objectives
+    heads = objective.heads
+    assert module_bytes(heads) == 9 * (heads.dim // 2) * (heads.dim + 768) * 4
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def test_shapes_are_those_of_the_largest_size(setting_of):
     smaller = setting.changed({"adapter.reference_scale": 0.5, "data.buckets": None, "data.num_frames": 1})
     assert smaller.shapes.latents == (16, 1, 4, 6)
     assert smaller.shapes.reference == (16, 2, 4)
-    assert set(smaller.shapes.teacher.values()) == {(1, 2, 24)}
+    assert set(smaller.shapes.targets["reference"].values()) == {(1, 2, 24)}
     assert smaller.models is setting.models
 
 

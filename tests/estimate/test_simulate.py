@@ -6,10 +6,11 @@ from tiny_models import tiny_vae
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from refalign_adapter.alignment.reference.allocations import AllocatedLoss
 from refalign_adapter.alignment.reference.loss import reference_alignment_loss
 from refalign_adapter.estimate import kernels
 from refalign_adapter.estimate.live_bytes import LiveBytes, bytes_of
-from refalign_adapter.estimate.simulate import AlignmentLoss, build_step, simulate_encoding, simulate_step
+from refalign_adapter.estimate.simulate import build_step, simulate_encoding, simulate_step
 
 PAPERS_WAY = ("adapter.attention=joint", "adapter.lora_scope=all", "dropout={}")
 ISOLATED = ("adapter.attention=isolated", "adapter.lora_scope=reference")
@@ -115,7 +116,7 @@ def test_the_stand_in_for_the_alignment_loss_keeps_what_the_loss_does():
         with torch.backends.mkldnn.flags(enabled=False):  # its layouts are the CPU's own
             return reference_alignment_loss(student, target).total
 
-    kept, peak = kept_and_peak(AlignmentLoss.apply, "meta")
+    kept, peak = kept_and_peak(AllocatedLoss.apply, "meta")
     real_kept, real_peak = kept_and_peak(real, "cpu")
     assert kept == pytest.approx(real_kept, abs=200)  # single numbers
     assert kept == pytest.approx(2 * 3 * 600 * 64 * 4, abs=200)

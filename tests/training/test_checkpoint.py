@@ -111,13 +111,13 @@ def test_an_adapter_starts_another_run_of_its_scope(make_run, tmp_path, scope):
     run = make_run(*SCOPES[scope])
     folder = save_checkpoint(tmp_path, run.trained, Progress(1, 2, 0, 2), {})
     second = make_run("seed=1", *SCOPES[scope]).trained
-    assert load_initial_weights(str(folder / "adapter"), second.branch, second.projectors)
+    assert load_initial_weights(str(folder / "adapter"), second.branch, second.objectives) == {"reference"}
     pairs = zip(run.trained.named_parameters(), second.named_parameters(), strict=True)
     assert all(torch.equal(one, two) for (_, one), (_, two) in pairs)
     third = make_run(*SCOPES[other]).trained
     before = [parameter.clone() for _, parameter in third.named_parameters()]
     refused = {
-        "init_adapter": lambda: load_initial_weights(str(folder / "adapter"), third.branch, third.projectors),
+        "init_adapter": lambda: load_initial_weights(str(folder / "adapter"), third.branch, third.objectives),
         "resume_from_checkpoint": lambda: load_checkpoint(folder, third),
     }
     for field, act in refused.items():
@@ -135,7 +135,7 @@ def test_a_damaged_adapter_to_start_from_is_one_line(make_run, tmp_path):
     folder = run.branch.save_pretrained(tmp_path / "adapter")
     weights_of(folder).write_bytes(b"no weights")
     with pytest.raises(UserError, match="^init_adapter: .* is damaged") as caught:
-        load_initial_weights(str(folder), run.branch, None)
+        load_initial_weights(str(folder), run.branch, [])
     assert "\n" not in str(caught.value)
 
 

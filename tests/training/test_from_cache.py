@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from refalign_adapter.data.cache.build import cache_dataset
-from refalign_adapter.data.cache.dataset import collate, open_cache
+from refalign_adapter.data.cache.collate import collate
+from refalign_adapter.data.cache.dataset import open_cache
 from refalign_adapter.data.cache.encode import RowEncoder, RowPreparer, plans_of
 from refalign_adapter.data.cache.encoders import load_encoders
 from refalign_adapter.data.sources.manifest import load_manifest
@@ -91,10 +92,10 @@ def test_losses_are_those_of_encoding_on_the_fly(tiny_world, tmp_path, monkeypat
         batch = collate([dataset[2], dataset[5]])
         generator = torch.Generator().manual_seed(0)
         empty = run.data.empty_text
-        output = run.module(batch, empty, generator=generator, alignment_weight=1.0, drop_conditions=False)
+        output = run.module(batch, empty, generator=generator, weights={"reference": 1.0}, drop_conditions=False)
         run.module.zero_grad()
         output.loss.backward()
-        losses.append(torch.stack([output.flow, *output.positive.values(), *output.negative.values()]))
+        losses.append(torch.stack([output.flow, *output.logs.values()]))
         gradients.append(torch.cat([item.grad.flatten() for _, item in run.trained.named_parameters()]))
     if not tolerance:
         assert torch.equal(*losses)

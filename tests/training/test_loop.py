@@ -13,13 +13,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from refalign_adapter.branch.attach import ReferenceBranch
 from refalign_adapter.data.cache.build import cache_dataset
-from refalign_adapter.data.cache.dataset import collate, open_cache
+from refalign_adapter.data.cache.collate import collate
+from refalign_adapter.data.cache.dataset import open_cache
 from refalign_adapter.errors import UserError
 from refalign_adapter.media.video import read_video
 from refalign_adapter.recipes.cache_options import options_of
 from refalign_adapter.recipes.file import load_recipe
 from refalign_adapter.training.interrupt import SignalWatch
 from refalign_adapter.training.loop import DATA_WAIT, endless_batches, optimizer_step, train
+from refalign_adapter.training.objectives import heads_state
 from refalign_adapter.training.setup import build_accelerator, build_run, step_seed
 from refalign_adapter.training.tracking import LossMeter, read_metrics
 from refalign_adapter.training.validation import fixed_noise, fixed_sigmas, validate
@@ -110,7 +112,7 @@ def test_only_lora_and_projectors_change_and_all_of_them_do(make_recipe, tmp_pat
     assert {name for name, parameter in run.module.named_parameters() if parameter.requires_grad} == names
     batches = endless_batches(run)
     for _ in range(2):  # the first step moves the LoRA's second factors, the second also the first ones
-        optimizer_step(run, batches, LossMeter((0, 1)), SignalWatch())
+        optimizer_step(run, batches, LossMeter(run.module.logs), SignalWatch())
     after = run.module.state_dict()
     assert {name for name in before if not torch.equal(before[name], after[name])} == names
 
@@ -122,7 +124,7 @@ def test_a_lora_on_small_references_trains_and_leaves_the_rest_as_it_is(economic
     run = build_run(recipe, build_accelerator(recipe, tmp_path), tmp_path)
     before = {name: value.clone() for name, value in run.module.state_dict().items()}
     names = {name for name, parameter in run.module.named_parameters() if parameter.requires_grad}
-    batches, meter = endless_batches(run), LossMeter((0, 1, 2))
+    batches, meter = endless_batches(run), LossMeter(run.module.logs)
     values = [optimizer_step(run, batches, meter, SignalWatch()) for _ in range(3)]
     assert [step["train/alignment_weight"] for step in values] == [1, 1, 0]
     after = run.module.state_dict()
@@ -155,7 +157,7 @@ def test_waiting_for_batches_is_measured(make_recipe, tmp_path, monkeypatch):
     clock = itertools.count()  # a tick a look: the step asks at its start and end, and around each of its two batches
     monkeypatch.setattr("refalign_adapter.training.loop.time.perf_counter", lambda: next(clock))
     batches = iter(list(itertools.islice(run.data.training_batches(0, 0), 2)))
-    values = optimizer_step(run, batches, LossMeter((0, 1)), SignalWatch())
+    values = optimizer_step(run, batches, LossMeter(run.module.logs), SignalWatch())
     assert values[DATA_WAIT] == 2 / 5
 
 
@@ -171,7 +173,7 @@ def test_validation_repeats_itself_and_shares_out(make_recipe, tmp_path):
     for index in range(3):  # by hand: each row with its own noise and sigma
         batch = collate([run.data.validation[index]])
         output = run.module.eval()(
-            batch, run.data.empty_text, generator=torch.Generator(), alignment_weight=0.0, drop_conditions=False,
+            batch, run.data.empty_text, generator=torch.Generator(), weights={}, drop_conditions=False,
             sigmas=fixed_sigmas([index], 3.0), noise=fixed_noise(batch.keys[0], batch.latents.shape[1:])[None],
         )  # fmt: skip
         expected.append(float(output.flow.detach()))
@@ -180,7 +182,7 @@ def test_validation_repeats_itself_and_shares_out(make_recipe, tmp_path):
 
 def held_out(run, weight=1.0):
     load, empty_text = run.data.validation_batch, run.data.empty_text
-    return validate(run.module, load, run.data.groups, empty_text, run.accelerator, alignment_weight=weight)
+    return validate(run.module, load, run.data.groups, empty_text, run.accelerator, weights={"reference": weight})
 
 
 OTHERWISE = ["train_batch_size=1", "train_batch_size=3", "seed=7", "data.bucket_by_references=true"]
@@ -216,7 +218,7 @@ def test_accumulated_gradients_are_the_mean(make_recipe, tmp_path):
     run = build_run(recipe, build_accelerator(recipe, tmp_path), tmp_path)
     start = {name: parameter.detach().clone() for name, parameter in run.trained.named_parameters()}
     batches = list(itertools.islice(run.data.training_batches(0, 0), 2))
-    optimizer_step(run, iter(batches), LossMeter((0, 1)), SignalWatch())
+    optimizer_step(run, iter(batches), LossMeter(run.module.logs), SignalWatch())
     moved = {name: (start[name] - parameter.detach()) / 1e-3 for name, parameter in run.trained.named_parameters()}
     with torch.no_grad():
         for name, parameter in run.trained.named_parameters():
@@ -224,7 +226,9 @@ def test_accumulated_gradients_are_the_mean(make_recipe, tmp_path):
     total = 0
     for index, batch in enumerate(batches):
         generator = torch.Generator().manual_seed(step_seed(0, index, 0))
-        total = total + run.module(batch, run.data.empty_text, generator=generator, alignment_weight=1.0).loss / 2
+        total = (
+            total + run.module(batch, run.data.empty_text, generator=generator, weights={"reference": 1.0}).loss / 2
+        )
     total.backward()
     for name, parameter in run.trained.named_parameters():
         assert torch.allclose(moved[name], parameter.grad, atol=2e-4 * float(parameter.grad.abs().max()) + 1e-7), name
@@ -250,7 +254,7 @@ def test_stage_two_starts_from_stage_ones_weights_and_projectors(make_recipe, tm
     second = make_recipe(f"init_adapter={folder}", "seed=7")
     run = build_run(second, build_accelerator(second, tmp_path), tmp_path)
     saved = load_file(tmp_path / "out" / "training" / "projectors.safetensors")
-    state = run.trained.projectors.state_dict()
+    state = heads_state(run.trained.objectives)
     assert all(torch.equal(saved[name], state[name]) for name in saved)
     weights = load_file(folder / "pytorch_lora_weights.safetensors")
     for name, parameter in run.trained.branch.named_parameters():

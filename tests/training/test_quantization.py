@@ -10,6 +10,7 @@ from tiny_models import save_tiny_pipeline
 from torch import nn
 
 from refalign_adapter.alignment.projector import Projectors
+from refalign_adapter.alignment.reference.objective import ReferenceAlignment
 from refalign_adapter.batch import Batch
 from refalign_adapter.branch.attach import attach
 from refalign_adapter.errors import ConfigError, UserError
@@ -44,7 +45,7 @@ def make_step(base, quantization, dtype=torch.float32):
         if "lora_B" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     projectors = Projectors(BLOCKS, 128, {"teacher": 8}, generator)
-    module = TrainingStep(branch, projectors, StepOptions())
+    module = TrainingStep(branch, [ReferenceAlignment(projectors)], StepOptions())
     return module.train()
 
 
@@ -57,13 +58,13 @@ def make_batch():
         references=draw(2, 16, 2, 4, 6),
         mask=torch.tensor([[True, True], [True, False]]),
         subjects=torch.tensor([[0, 1], [0, -1]]),
-        teacher={"teacher": draw(2, 2, 2, 3, 8)},
+        targets={"reference": {"teacher": draw(2, 2, 2, 3, 8)}},
     )
 
 
 def loss_of(module):
     generator = torch.Generator().manual_seed(1)
-    return module(make_batch(), torch.zeros(5, 64), generator=generator, alignment_weight=1.0).loss
+    return module(make_batch(), torch.zeros(5, 64), generator=generator, weights={"reference": 1.0}).loss
 
 
 def take_apart(transformer):
@@ -95,7 +96,7 @@ def test_the_lora_is_what_peft_picks_and_nothing_else_trains(base, monkeypatch, 
     optimizer.step()
     changed = {name for name, item in module.named_parameters() if not torch.equal(before[name], item)}
     assert changed == trained
-    assert {".".join(name.split(".")[:1]) for name in trained} == {"transformer", "projectors"}
+    assert {".".join(name.split(".")[:1]) for name in trained} == {"transformer", "objectives"}
     assert all("lora_" in name for name in trained if name.startswith("transformer"))
 
 

@@ -114,7 +114,9 @@ def test_held_out_rows_that_cannot_be_read_are_left_out_and_named(copied, tmp_pa
 
     def held_out(groups, left_out=()):
         load, empty_text = run.data.validation_batch, run.data.empty_text
-        return validate(run.module, load, groups, empty_text, run.accelerator, alignment_weight=1.0, left_out=left_out)
+        return validate(
+            run.module, load, groups, empty_text, run.accelerator, weights={"reference": 1.0}, left_out=left_out
+        )
 
     groups = run.data.groups
     bad = groups[0][0]

@@ -17,6 +17,7 @@ from refalign_adapter.files import HOST
 from refalign_adapter.recipes.file import load_recipe
 from refalign_adapter.training.checkpoint_files import find_checkpoint
 from refalign_adapter.training.loop import train
+from refalign_adapter.training.objectives import heads_state
 from refalign_adapter.training.setup import build_accelerator, build_run
 
 WEIGHTS = "adapter/pytorch_lora_weights.safetensors"
@@ -173,7 +174,7 @@ def test_projectors_of_the_first_versions_have_no_checksum(finished, make_recipe
     (folder / "training/checksums.json").unlink()
     run = build(make_recipe, tmp_path, f"init_adapter={folder / 'adapter'}")
     saved = load_file(folder / SIDECAR)
-    assert all(torch.equal(saved[name], value) for name, value in run.trained.projectors.state_dict().items())
+    assert all(torch.equal(saved[name], value) for name, value in heads_state(run.trained.objectives).items())
 
 
 def test_a_checkpoints_projectors_are_compared_too(finished, make_recipe, tmp_path):

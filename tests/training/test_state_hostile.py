@@ -146,7 +146,7 @@ def test_a_schedule_of_another_kind(run, state):
             except UserError:
                 refusals += 1
                 refused(state.parents[1], run)
-            assert 0 <= run.trained.schedule.weight_at(5) < float("inf")
+            assert 0 <= run.trained.objectives[0].weight_at(5) < float("inf")
     assert refusals >= 2 * len(schedule)
     change(state, schedule={**schedule, "another": 1})
     assert "another is no known field" in refused(state.parents[1], run)

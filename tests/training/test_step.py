@@ -8,13 +8,15 @@ from tiny_models import tiny_transformer
 
 import refalign_adapter as ra
 from refalign_adapter.alignment.projector import Projectors
-from refalign_adapter.batch import Batch
+from refalign_adapter.alignment.reference.objective import ReferenceAlignment, ReferenceOptions
+from refalign_adapter.batch import REFERENCE, Batch
 from refalign_adapter.training.step import StepOptions, TrainingStep
 
 TEACHERS = {"first": 10, "second": 6}
 KEEP = {"text_dropout": 0.0, "reference_dropout": 0.0, "both_dropout": 0.0}
 
 
+LOSS_OPTIONS = {field.name for field in dataclasses.fields(ReferenceOptions)}
 ISOLATED = {"attention": "isolated", "lora_scope": "reference"}
 
 
@@ -27,8 +29,16 @@ def build_step(teachers=("first",), align_layers=2, adapter=None, **options):
         if "lora_B" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     widths = {name: TEACHERS[name] for name in teachers}
+    weighing = ReferenceOptions(**{name: options.pop(name) for name in LOSS_OPTIONS & options.keys()})
     projectors = Projectors(branch.align_blocks, 48, widths, generator) if branch.align_blocks else None
-    return TrainingStep(branch, projectors, StepOptions(**KEEP | options))
+    objectives = [] if projectors is None else [ReferenceAlignment(projectors, weighing)]
+    return TrainingStep(branch, objectives, StepOptions(**KEEP | options))
+
+
+def heads_of(step):
+    """The projectors of the step's reference alignment."""
+    (objective,) = step.objectives
+    return objective.heads
 
 
 def make_batch(size=2, references=2, grid=(3, 4), canvas=(6, 8)):
@@ -43,7 +53,7 @@ def make_batch(size=2, references=2, grid=(3, 4), canvas=(6, 8)):
         references=draw(size, 16, references, *canvas),
         mask=mask,
         subjects=torch.arange(references).repeat(size, 1),
-        teacher={name: draw(size, references, *grid, width) for name, width in TEACHERS.items()},
+        targets={REFERENCE: {name: draw(size, references, *grid, width) for name, width in TEACHERS.items()}},
     )
 
 
@@ -52,7 +62,7 @@ EMPTY_TEXT = torch.zeros(5, 32)
 
 def run(step, batch, seed=0, weight=1.0, **options):
     generator = torch.Generator().manual_seed(seed)
-    return step(batch, EMPTY_TEXT, generator=generator, alignment_weight=weight, **options)
+    return step(batch, EMPTY_TEXT, generator=generator, weights={REFERENCE: weight}, **options)
 
 
 def by_hand(step, batch, sigmas, noise):
@@ -78,22 +88,23 @@ def test_total_is_flow_plus_weight_times_the_mean_over_blocks_and_teachers():
     losses = {
         (block, name): ra.reference_alignment_loss(
             students[name],
-            batch.teacher[name].flatten(2, 3),
+            batch.targets[REFERENCE][name].flatten(2, 3),
             negative_weight=0.7,
             mask=batch.mask,
             subjects=batch.subjects,
         )
-        for block, students in step.projectors(features).items()
+        for block, students in heads_of(step)(features).items()
         for name in TEACHERS
     }
     total = flow + 0.4 * torch.stack([loss.total for loss in losses.values()]).mean()
     torch.testing.assert_close(output.loss, total)
     torch.testing.assert_close(output.flow, flow.detach())
+    for term in ("positive", "negative"):
+        expected = torch.stack([getattr(loss, term) for loss in losses.values()]).mean()
+        torch.testing.assert_close(output.logs[term], expected.detach())
     for block in (0, 1):
-        expected = torch.stack([losses[block, name].positive for name in TEACHERS]).mean()
-        torch.testing.assert_close(output.positive[block], expected.detach())
         expected = torch.stack([losses[block, name].cosine for name in TEACHERS]).mean()
-        torch.testing.assert_close(output.cosine[block], expected.detach())
+        torch.testing.assert_close(output.logs[f"cosine/block_{block}"], expected.detach())
 
 
 def test_a_teacher_grid_of_another_size_is_resampled_to_the_tokens():
@@ -101,7 +112,7 @@ def test_a_teacher_grid_of_another_size_is_resampled_to_the_tokens():
     assert torch.isfinite(run(step, make_batch(grid=(5, 7))).loss)
     exact, coarse = run(step, make_batch()), run(step, make_batch(grid=(5, 7)))
     assert exact.flow == coarse.flow
-    assert exact.positive[0] != coarse.positive[0]
+    assert exact.logs["positive"] != coarse.logs["positive"]
 
 
 def economical_batch():
@@ -120,17 +131,17 @@ def test_small_references_with_some_of_their_tokens_reach_branch_and_loss():
     noise = torch.randn(batch.latents.shape, generator=generator)
     prediction, features = by_hand(step, batch, sigmas, noise)
     flow = (prediction - (noise - batch.latents)).square().mean()
-    target, tokens = batch.teacher["first"].flatten(2, 3), batch.tokens.flatten(2)
+    target, tokens = batch.targets[REFERENCE]["first"].flatten(2, 3), batch.tokens.flatten(2)
     losses = [
         ra.reference_alignment_loss(students["first"], target, mask=batch.mask, subjects=batch.subjects, tokens=tokens)
-        for students in step.projectors(features).values()
+        for students in heads_of(step)(features).values()
     ]
     torch.testing.assert_close(output.loss, flow + 0.4 * torch.stack([loss.total for loss in losses]).mean())
-    torch.testing.assert_close(output.positive[1], losses[1].positive)
+    torch.testing.assert_close(output.logs["cosine/block_1"], losses[1].cosine)
     batch.tokens = None
     whole = run(step, batch, sigmas=sigmas)
     assert whole.flow != output.flow
-    assert whole.positive[0] != output.positive[0]
+    assert whole.logs["positive"] != output.logs["positive"]
 
 
 @pytest.mark.parametrize("economical", [False, True], ids=["joint", "tokens left out"])
@@ -146,15 +157,15 @@ def test_the_gate_multiplies_each_samples_term_by_sigma_to_the_power(economical)
         one = Batch(
             [batch.keys[i]],
             *(getattr(batch, name)[i : i + 1] for name in ("latents", "text", "references", "mask", "subjects")),
-            teacher={name: features[i : i + 1] for name, features in batch.teacher.items()},
+            targets={REFERENCE: {name: features[i : i + 1] for name, features in batch.targets[REFERENCE].items()}},
             tokens=None if batch.tokens is None else batch.tokens[i : i + 1],
         )
         generator = torch.Generator().manual_seed(0)
         torch.rand(2, generator=generator)
         noise = torch.randn(batch.latents.shape, generator=generator)[i : i + 1]
         _, features = by_hand(plain, one, sigmas[i : i + 1], noise)
-        students = plain.projectors(features)
-        target = one.teacher["first"].flatten(2, 3)
+        students = heads_of(plain)(features)
+        target = one.targets[REFERENCE]["first"].flatten(2, 3)
         losses = [
             ra.reference_alignment_loss(
                 students[block]["first"],
@@ -174,7 +185,7 @@ def test_only_lora_and_projectors_get_gradients_and_all_of_them_do():
     run(step, make_batch()).loss.backward()
     trained = {name for name, parameter in step.named_parameters() if parameter.grad is not None}
     declared = {f"transformer.{name}" for name, _ in step.branch.named_parameters()}
-    declared |= {f"projectors.{name}" for name, _ in step.projectors.named_parameters()}
+    declared |= {f"objectives.0.projectors.{name}" for name, _ in heads_of(step).named_parameters()}
     assert trained == declared
 
 
@@ -186,8 +197,8 @@ def test_a_step_without_alignment_still_gives_every_parameter_a_gradient(reason)
     output = run(step, batch, weight=0.0 if reason == "weight 0" else 1.0)
     output.loss.backward()
     assert output.loss.item() == output.flow.item()
-    assert output.positive == {}
-    for parameter in step.projectors.parameters():
+    assert output.logs == ({} if reason == "weight 0" else {"positive": 0, "negative": 0})
+    for parameter in heads_of(step).parameters():
         assert parameter.grad is not None
         assert not parameter.grad.any()
 
@@ -267,7 +278,7 @@ def test_the_same_seed_gives_the_same_loss_and_validation_drops_nothing():
     assert first == again
     assert first != other
     output = run(step, batch, drop_conditions=False)
-    assert output.positive
+    assert output.logs["positive"] > 0
 
 
 def test_without_projectors_the_step_is_the_flow_loss():
@@ -275,7 +286,7 @@ def test_without_projectors_the_step_is_the_flow_loss():
     output = run(step, make_batch())
     output.loss.backward()
     assert output.loss.item() == output.flow.item()
-    assert output.cosine == {}
+    assert output.logs == {}
 
 
 NULLS = {"joint": {}, "isolated": ISOLATED, "isolated, all": {"attention": "isolated"}}
@@ -307,13 +318,13 @@ def test_dropped_references_ride_along_as_zeros_where_the_adapter_says_so(adapte
     kept = batch.mask & torch.tensor([[True], [False], [False]])
     losses = [
         ra.reference_alignment_loss(
-            students["first"], batch.teacher["first"].flatten(2, 3), mask=kept, subjects=batch.subjects
+            students["first"], batch.targets[REFERENCE]["first"].flatten(2, 3), mask=kept, subjects=batch.subjects
         ).total
-        for students in step.projectors(features).values()
+        for students in heads_of(step)(features).values()
     ]
     loss = flow + torch.stack(losses).mean()
     torch.testing.assert_close(output.loss, loss)
-    assert output.references == 2
+    assert set(output.counts.values()) == {2}  # what a cosine is a mean over
     loss.backward()
     for name, parameter in step.branch.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
@@ -324,9 +335,9 @@ def test_dropped_references_ride_along_as_zeros_where_the_adapter_says_so(adapte
 def test_a_step_whose_references_are_all_zeros_trains_the_lora_and_no_head():
     step = build_step(adapter=ISOLATED | {"null_reference": "zeros"}, reference_dropout=1.0)
     output = run(step, make_batch())
-    assert output.references == 0
+    assert set(output.counts.values()) == {0}
     assert output.loss.item() == output.flow.item()
     output.loss.backward()
     assert all(parameter.grad is not None for parameter in step.parameters() if parameter.requires_grad)
     assert any(parameter.grad.any() for _, parameter in step.branch.named_parameters())
-    assert not any(parameter.grad.any() for parameter in step.projectors.parameters())
+    assert not any(parameter.grad.any() for parameter in heads_of(step).parameters())

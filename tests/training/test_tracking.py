@@ -9,19 +9,21 @@ from accelerate import Accelerator
 from refalign_adapter.batch import StepOutput
 from refalign_adapter.training.tracking import LossMeter, RunLog, read_metrics
 
-
-def output(loss, flow, positive=None, negative=None, cosine=None, references=0):
-    parts = [
-        {block: torch.tensor(value) for block, value in (part or {}).items()} for part in (positive, negative, cosine)
-    ]
-    return StepOutput(torch.tensor(loss, requires_grad=True), torch.tensor(flow), *parts, references=references)
+COSINES = ("cosine/block_0", "cosine/block_2")
 
 
-def test_means_weigh_samples_alike_and_cosines_references():
-    meter = LossMeter((0, 2))
-    meter.add(output(3.0, 1.0, {0: 1.0, 2: 3.0}, {0: 0.0, 2: 1.0}, {0: 0.5, 2: -0.5}, references=2), 3, aligned=True)
-    meter.add(output(3.0, 1.0, {0: 1.0, 2: 3.0}, {0: 0.0, 2: 1.0}, {0: 0.8, 2: 0.1}, references=4), 0, aligned=True)
-    meter.add(output(7.0, 5.0), 1, aligned=True)  # no references: counts 0 in the terms, not in the cosine
+def output(loss, flow, positive=None, negative=None, cosines=(), references=0):
+    logs = {"positive": positive, "negative": negative, **dict(zip(COSINES, cosines, strict=False))}
+    told = {name: torch.tensor(value) for name, value in logs.items() if value is not None}
+    counts = dict.fromkeys(COSINES, references)
+    return StepOutput(torch.tensor(loss, requires_grad=True), torch.tensor(flow), told, counts)
+
+
+def test_means_weigh_samples_alike_and_other_logs_by_their_own_counts():
+    meter = LossMeter(("positive", "negative", *COSINES))
+    meter.add(output(3.0, 1.0, 2.0, 0.5, (0.5, -0.5), references=2), 3)
+    meter.add(output(3.0, 1.0, 2.0, 0.5, (0.8, 0.1), references=4), 0)
+    meter.add(output(7.0, 5.0, 0.0, 0.0), 1)  # no references: counts 0 in the terms, not in the cosine
     assert meter.reduce(Accelerator()) == pytest.approx(
         {
             "loss": 4.0,
@@ -32,7 +34,7 @@ def test_means_weigh_samples_alike_and_cosines_references():
             "cosine/block_2": -0.1,
         }
     )
-    meter.add(output(1.0, 1.0), 2, aligned=False)
+    meter.add(output(1.0, 1.0), 2)
     assert meter.reduce(Accelerator()) == {"loss": 1.0, "flow": 1.0}
     assert meter.reduce(Accelerator()) == {}
 

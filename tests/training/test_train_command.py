@@ -131,7 +131,7 @@ def test_two_processes_average_their_gradients(tiny_world, make_recipe, launch, 
         sampler.step_size, sampler.rank, sampler.world_size = 2, process, 2
         batch = next(run.data.training_batches(0, 0))
         generator = torch.Generator().manual_seed(step_seed(0, 0, process))
-        output = run.module(batch, run.data.empty_text, generator=generator, alignment_weight=1.0)
+        output = run.module(batch, run.data.empty_text, generator=generator, weights={"reference": 1.0})
         total, flows = total + output.loss / 2, [*flows, float(output.flow)]
     total.backward()
     saved = open_adapter(tmp_path / "two" / "adapter").tensors()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -21,13 +21,14 @@ from ...files import require_writable_folder
 from ..sources.manifest import load_manifest, manifest_path, sources_digest
 from ..sources.rows import Row
 from .digests import FileDigests
-from .encode import RowEncoder, RowPreparer, plans_of
+from .encode import RowEncoder, RowPreparer, plans_of, provenance_of
 from .encoders import Encoders, load_encoders
+from .entries import IndexEntry
 from .freshness import RowFiles, write_files
-from .index import FORMAT, IndexEntry, write_index, write_meta
+from .index import FORMAT, listed_targets, write_index, write_meta
 from .lock import filling
 from .options import CacheOptions
-from .parts import PARTS, PartStore
+from .parts import PartStore
 from .prefetch import in_workers, workers_told
 
 Progress = Callable[[int, int, str], None]
@@ -187,7 +188,7 @@ def _build(
 
 def _sizes(files: set[tuple[str, str]], store: PartStore) -> dict[str, int]:
     """Part -> bytes of these files."""
-    sizes: dict[str, int] = dict.fromkeys(PARTS, 0)
+    sizes: dict[str, int] = dict.fromkeys(store.part_names(), 0)
     for part, key in files:
         sizes[part] += store.size(part, key)
     return {part: size for part, size in sizes.items() if size}
@@ -258,8 +259,8 @@ def _write(
         "format": FORMAT,
         "options": options.compared(),
         "manifests": {split: sources_digest(value, digests) for split, value in options.manifests.items()},
-        "teachers": {name: teacher.dim for name, teacher in encoder.encoders.teachers.items()},
+        **listed_targets(encoder.encoders.target_facts(options)),
         "empty_text": empty_text,
-        "provenance": asdict(encoder.facts),
+        "provenance": provenance_of(encoder.facts),
     }
     write_meta(options.cache_dir, meta)

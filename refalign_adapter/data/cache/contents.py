@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .index import IndexEntry
+from .entries import IndexEntry
 from .options import DTYPES
-from .parts import Expected, PartStore
+from .parts import Expected, PartStore, target_part
 
 File = tuple[str, str]
 """Part and key."""
@@ -38,9 +38,14 @@ def row_contents(entry: IndexEntry, meta: dict[str, Any], text: Expected) -> Ite
     whole = options.get("reference_scale") == 1.0 and options.get("reference_size") is None
     canvas = entry.shape[2:] if whole else (None, None)
     yield ("video", parts.video), Expected(entry.shape, dtype)
-    yield ("references", parts.references), Expected((*shown, entry.shape[0], *canvas), dtype)
+    if parts.references is not None:
+        yield ("references", parts.references), Expected((*shown, entry.shape[0], *canvas), dtype)
     yield ("text", parts.text), text
-    for name, key in parts.teachers.items():
-        yield ("teacher", key), Expected((*shown, None, None, meta["teachers"].get(name)), dtype)
+    for objective, keys in parts.targets.items():
+        facts = meta["targets"].get(objective, {"of": "", "shapes": {}})
+        before = shown if facts["of"] == "references" else ()
+        for name, key in keys.items():
+            if name in facts["shapes"]:
+                yield (target_part(objective), key), Expected((*before, *facts["shapes"][name]), dtype)
     if parts.tokens:
         yield ("tokens", parts.tokens), Expected((*shown, None, None), None)

@@ -1,29 +1,30 @@
-"""Reading a cache: rows as samples read from their files, and samples stacked into a batch.
+"""Reading a cache: rows as samples read from their files.
 
-Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, M references, S text
-tokens, D text width, V augmented variants, h and w a teacher's grid, T a teacher's width.
+Shape letters: C latent channels, F latent frames, H and W latent height and width, M references, S text tokens, D text
+width, T a teacher's width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
-from ...batch import Batch, CachedSample
+from ...batch import REFERENCE, CachedSample
 from ...errors import ReadError, UserError
 from ..sources.manifest import missing_paths, sources_digest
+from .collate import padded
 from .contents import row_contents, text_contents
 from .digests import FileDigests
-from .index import REMEDY, read_index, read_meta
+from .entries import REMEDY
+from .index import read_index, read_meta
 from .options import CacheOptions
-from .parts import CacheGoneError, DamagedPartError, PartStore
+from .parts import CacheGoneError, DamagedPartError, PartStore, target_part
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class CacheMeta:
     """What a cache says of all its rows.
 
     Attributes:
-        teachers: teacher id -> T.
+        widths: objective -> teacher id -> T, of the targets that are read.
         max_sequence_length: S.
         empty_text: (S, D) embedding of the empty prompt.
         options: the options it was made with, as JSON types.
         provenance: versions and settings of all encoders, as JSON types.
     """
 
-    teachers: dict[str, int]
+    widths: dict[str, dict[str, int]]
     max_sequence_length: int
     empty_text: Tensor
     options: dict[str, Any]
@@ -56,10 +57,10 @@ class CachedDataset(Dataset[CachedSample]):
         cache_dir: folder of the cache.
         rows: keys of the rows to serve, in this order; None serves all.
         split: "train" or "validation".
-        teachers: ids of the teachers whose features are read; None reads all.
+        targets: objective -> ids of the teachers whose targets are read; None reads all.
 
     Raises:
-        UserError: there is no such cache, it has no such rows or teachers, or it is damaged.
+        UserError: there is no such cache, it has no such rows or targets, or it is damaged.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class CachedDataset(Dataset[CachedSample]):
         rows: Sequence[str] | None = None,
         *,
         split: str = "train",
-        teachers: Sequence[str] | None = None,
+        targets: Mapping[str, Sequence[str]] | None = None,
     ):
         meta = read_meta(cache_dir)
         self.store = PartStore(cache_dir)
@@ -80,16 +81,23 @@ class CachedDataset(Dataset[CachedSample]):
             self.entries = [known[key] for key in rows]
         if not self.entries:
             raise UserError(f"cache_dir: {str(cache_dir)!r} has no {split} rows; {REMEDY}")
-        self.teachers = tuple(meta["teachers"] if teachers is None else teachers)
-        if missing := [name for name in self.teachers if name not in meta["teachers"]]:
-            raise UserError(f"cache_dir: {str(cache_dir)!r} has no features of {missing[0]!r}; {REMEDY}")
+        shapes = {objective: facts["shapes"] for objective, facts in meta["targets"].items()}
+        self.targets = {name: tuple(teachers) for name, teachers in (shapes if targets is None else targets).items()}
+        for objective, teachers in self.targets.items():
+            if missing := [name for name in teachers if name not in shapes.get(objective, {})]:
+                what = "features" if objective == REFERENCE else f"targets for objective {objective}"
+                raise UserError(f"cache_dir: {str(cache_dir)!r} has no {what} of {missing[0]!r}; {REMEDY}")
+        self._of_references = frozenset(name for name, facts in meta["targets"].items() if facts["of"] != "video")
         self.split, self._meta = split, meta
         self._text = text_contents(meta, self.store)
         length = meta["options"]["max_sequence_length"]
         self.meta = CacheMeta(
-            teachers={name: meta["teachers"][name] for name in self.teachers},
+            widths={
+                objective: {name: shapes[objective][name][-1] for name in teachers}
+                for objective, teachers in self.targets.items()
+            },
             max_sequence_length=length,
-            empty_text=_padded(self._empty_text(meta["empty_text"]), length),
+            empty_text=padded(self._empty_text(meta["empty_text"]), length),
             options=meta["options"],
             provenance=meta["provenance"],
         )
@@ -135,11 +143,20 @@ class CachedDataset(Dataset[CachedSample]):
             return CachedSample(
                 key=entry.key,
                 latents=read("video", parts.video),
-                text=_padded(read("text", parts.text), self.meta.max_sequence_length),
-                references=read("references", parts.references),
-                teacher={name: read("teacher", parts.teachers[name]) for name in self.teachers},
+                text=padded(read("text", parts.text), self.meta.max_sequence_length),
+                references=_no_references(entry.shape)
+                if parts.references is None
+                else read("references", parts.references),
+                targets={
+                    objective: {
+                        name: read(target_part(objective), parts.targets[objective][name]) for name in teachers
+                    }
+                    for objective, teachers in self.targets.items()
+                    if entry.subjects or objective not in self._of_references
+                },
                 subjects=torch.tensor(entry.subjects, dtype=torch.int64),
                 tokens=read("tokens", parts.tokens) if parts.tokens else None,
+                of_references=self._of_references,
             )
         except CacheGoneError:
             raise
@@ -158,8 +175,20 @@ class CachedDataset(Dataset[CachedSample]):
             raise UserError(f"cache: the empty text: {error}") from None
 
 
-def open_cache(options: CacheOptions, rows: Sequence[str] | None = None, *, split: str = "train") -> CachedDataset:
+def open_cache(
+    options: CacheOptions,
+    rows: Sequence[str] | None = None,
+    *,
+    split: str = "train",
+    targets: Mapping[str, Sequence[str]] | None = None,
+) -> CachedDataset:
     """Open the cache that `options` describe, without loading any encoder.
+
+    Args:
+        options: whose.
+        rows: see `CachedDataset`.
+        split: see `CachedDataset`.
+        targets: read beside the options' own: objective -> teacher ids.
 
     Raises:
         UserError: there is no such cache, or it was made with other options or from another manifest.
@@ -173,7 +202,8 @@ def open_cache(options: CacheOptions, rows: Sequence[str] | None = None, *, spli
     digest = _digest_of(options, split)
     if digest is not None and digest != meta["manifests"].get(split):
         raise UserError(f"{split}_data: it has changed since the cache in {options.cache_dir!r} was made; {REMEDY}")
-    return CachedDataset(options.cache_dir, rows, split=split, teachers=options.teachers)
+    own = {target.objective: target.teachers for target in options.all_targets}
+    return CachedDataset(options.cache_dir, rows, split=split, targets={**own, **(targets or {})})
 
 
 def _digest_of(options: CacheOptions, split: str) -> str | None:
@@ -187,60 +217,7 @@ def _digest_of(options: CacheOptions, split: str) -> str | None:
         return None
 
 
-def collate(samples: Sequence[CachedSample], *, variants: Sequence[int] | None = None) -> Batch:
-    """Stack samples of one shape; references are padded at the end to the largest number among them.
-
-    Args:
-        samples: at least one.
-        variants: a number per sample that chooses among its V augmented variants (taken modulo V); None: the first.
-
-    Raises:
-        UserError: tensors of the samples do not go together, which no cache run makes.
-    """
-    _require_alike(samples)
-    choices = [0] * len(samples) if variants is None else list(variants)
-    most = max(len(sample.subjects) for sample in samples)
-
-    def stack(tensors: list[Tensor]) -> Tensor:
-        chosen = [tensor[number % len(tensor)] for tensor, number in zip(tensors, choices, strict=True)]
-        return torch.stack([_padded(tensor, most) for tensor in chosen])
-
-    counts = torch.tensor([len(sample.subjects) for sample in samples])
-    tokens = [sample.tokens for sample in samples if sample.tokens is not None]
-    return Batch(
-        keys=[sample.key for sample in samples],
-        latents=torch.stack([sample.latents for sample in samples]),
-        text=torch.stack([sample.text for sample in samples]),
-        references=stack([sample.references for sample in samples]).transpose(1, 2).contiguous(),
-        mask=torch.arange(most) < counts[:, None],
-        subjects=torch.stack([_padded(sample.subjects, most, -1) for sample in samples]),
-        teacher={name: stack([sample.teacher[name] for sample in samples]) for name in samples[0].teacher},
-        tokens=stack(tokens) if tokens else None,
-    )
-
-
-def _require_alike(samples: Sequence[CachedSample]) -> None:
-    """References' canvases and teachers' grids follow from a row's size, so rows that share a batch have the same."""
-    first = samples[0]
-    for sample in samples[1:]:
-        pairs = [(sample.latents[:, :1], first.latents[:, :1]), (sample.references[0, 0], first.references[0, 0])]
-        pairs += [(sample.teacher[name][0, 0], features[0, 0]) for name, features in first.teacher.items()]
-        if sample.tokens is not None and first.tokens is not None:
-            pairs.append((sample.tokens[0, 0], first.tokens[0, 0]))
-        if any(ours.shape != others.shape for ours, others in pairs) or _kinds(sample) != _kinds(first):
-            raise UserError(
-                f"cache: rows {sample.key[:12]} and {first.key[:12]} have references or features of different sizes; "
-                f"delete the cache and {REMEDY}"
-            )
-
-
-def _kinds(sample: CachedSample) -> tuple[bool, int]:
-    return sample.tokens is None, sample.text.shape[-1]
-
-
-def _padded(tensor: Tensor, length: int, value: int = 0) -> Tensor:
-    """(length, ...) with `value` after the tensor's own entries on its first axis; longer ones are cut."""
-    missing = length - len(tensor)
-    if missing <= 0:
-        return tensor[:length]
-    return pad(tensor, [0, 0] * (tensor.ndim - 1) + [0, missing], value=value)
+def _no_references(latents: Sequence[int]) -> Tensor:
+    """(1, 0, C, H, W) for a row whose latents are (C, F, H, W)."""
+    channels, _, height, width = latents
+    return torch.empty(1, 0, channels, height, width)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...batch import REFERENCE
 from ...errors import UserError
 from ...hashes import file_digest, hash_of
 from ...media.canvas import AUGMENTATION, content_tokens
@@ -33,9 +34,11 @@ from ..sources.pictures import augmentation_key, draw_reference, open_pictures, 
 from ..sources.rows import Row
 from .captions import count_tokens
 from .encoders import Encoders
-from .index import FORMAT, IndexEntry, RowParts
+from .entries import IndexEntry, RowParts
+from .index import FORMAT
 from .options import DTYPES, CacheOptions
-from .parts import PartStore
+from .parts import PartStore, target_part
+from .targets import Sizes, Target
 
 Result = TypeVar("Result")
 Digest = Callable[[str | Path], str]
@@ -48,17 +51,19 @@ class Facts:
 
     Attributes:
         video, references, text: of these parts.
-        teachers: teacher id -> of its features.
+        targets: objective -> teacher id -> of its targets.
         augmentation: of the references of regular pairs; None where they are not augmented.
         tokens: of the references' tokens that are kept; None where all are.
+        of_video: the objectives whose targets are of the clip and not of the references.
     """
 
     video: dict[str, Any]
     references: dict[str, Any]
     text: dict[str, Any]
-    teachers: dict[str, dict[str, Any]]
+    targets: dict[str, dict[str, dict[str, Any]]]
     augmentation: dict[str, Any] | None
     tokens: dict[str, Any] | None = None
+    of_video: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,12 @@ class Plan:
     Attributes:
         options: with that size alone.
         facts: what decides their parts.
-        canvas_size: H' and W'.
+        sizes: of clips and references.
     """
 
     options: CacheOptions
     facts: Facts
-    canvas_size: tuple[int, int]
+    sizes: Sizes
 
 
 Plans = dict[Size, Plan]
@@ -82,7 +87,7 @@ Plans = dict[Size, Plan]
 def plans_of(options: CacheOptions, encoders: Encoders) -> Plans:
     """A plan for each of the options' sizes."""
     single = {size: options.at(size) for size in options.sizes}
-    return {size: Plan(one, facts_of(one, encoders), encoders.canvas_size(one)) for size, one in single.items()}
+    return {size: Plan(one, facts_of(one, encoders), encoders.sizes(one)) for size, one in single.items()}
 
 
 @dataclass
@@ -92,7 +97,7 @@ class PreparedRow:
     Attributes:
         size: what the clip is brought to.
         parts: the row's parts; None when the row cannot be read.
-        frames: uint8 (F, H, W, 3); None when the latents are in the cache.
+        frames: uint8 (F, H, W, 3); None when all that is made of them is in the cache.
         canvases: uint8 (V, M, H', W', 3); None when all that is made of them is in the cache.
         problem: why the row cannot be read.
         files: path -> sha256 of what it was made of.
@@ -109,27 +114,42 @@ class PreparedRow:
 def facts_of(options: CacheOptions, encoders: Encoders) -> Facts:
     """The facts for these options, which have one size, and encoders."""
     size = {"height": options.height, "width": options.width}
+    video = {**size, "num_frames": options.num_frames, "fps": options.fps}
     stored = {"format": FORMAT, "dtype": options.dtype}
     height, width = encoders.canvas_size(options)
     canvas = {"height": height, "width": width, "keep_background": options.keep_background}
     tokens = list(encoders.token_grid(options))
-    grid = tokens if options.teacher_grid == "match" else None
     augmentation = {
         "variants": options.reference_variants,
         "seed": options.seed,
         "ranges": dataclasses.asdict(AUGMENTATION),
     }
     return Facts(
-        video={**stored, **size, "num_frames": options.num_frames, "fps": options.fps, "vae": encoders.vae},
+        video={**stored, **video, "vae": encoders.vae},
         references={**stored, **canvas, "vae": encoders.vae},
         text={**stored, "max_sequence_length": options.max_sequence_length, "encoder": encoders.text_encoder},
-        teachers={
-            name: {**stored, **canvas, "grid": grid, "teacher": teacher.fingerprint()}
-            for name, teacher in encoders.teachers.items()
+        targets={
+            target.objective: {
+                teacher: stored
+                | (video if target.of == "video" else {})
+                | target.facts(teacher, encoders.sizes(options), encoders.models.get(target.objective, {}))
+                for teacher in target.teachers
+            }
+            for target in options.all_targets
         },
         augmentation=augmentation if options.augment_references else None,
         tokens={"format": FORMAT, **canvas, "grid": tokens} if options.drop_background else None,
+        of_video=tuple(target.objective for target in options.all_targets if target.of == "video"),
     )
+
+
+def provenance_of(facts: Facts) -> dict[str, Any]:
+    """What `meta.json` says of how parts were made; "teachers" are reference alignment's, as when it was alone."""
+    values = dataclasses.asdict(facts)
+    del values["of_video"]
+    targets = values.pop("targets")
+    values["teachers"] = targets.pop(REFERENCE, {})
+    return values | ({"targets": targets} if targets else {})
 
 
 def parts_of(row: Row, facts: Facts, digest: Digest = file_digest) -> RowParts:
@@ -147,12 +167,21 @@ def parts_of(row: Row, facts: Facts, digest: Digest = file_digest) -> RowParts:
     references = {"images": images, "augmentation": facts.augmentation if row.pair == "regular" else None}
     # Only what is there counts, so that the keys of whole clips stay what they were before there were segments.
     cut = [{"segment": row.segment, "crop": row.crop}] if row.segment or row.crop else []
+    clip = digest(row.clip)
+
+    def target_key(objective: str, fact: dict[str, Any]) -> str:
+        return hash_of([clip, fact, *cut] if objective in facts.of_video else [references, fact])
+
     return RowParts(
-        video=hash_of([digest(row.clip), facts.video, *cut]),
-        references=hash_of([references, facts.references]),
+        video=hash_of([clip, facts.video, *cut]),
+        references=hash_of([references, facts.references]) if images else None,
         text=text_key(row.caption, facts),
-        teachers={name: hash_of([references, fact]) for name, fact in facts.teachers.items()},
-        tokens=hash_of([references, facts.tokens]) if facts.tokens else None,
+        targets={
+            objective: {teacher: target_key(objective, fact) for teacher, fact in teachers.items()}
+            for objective, teachers in facts.targets.items()
+            if images or objective in facts.of_video
+        },
+        tokens=hash_of([references, facts.tokens]) if facts.tokens and images else None,
     )
 
 
@@ -191,11 +220,12 @@ class RowPreparer(Dataset[PreparedRow]):
         if row.caption_file is not None:
             digest(row.caption_file)
         frames = canvases = None
-        if self.store.shape("video", parts.video) is None:
+        of_video = {"video", *map(target_part, plan.facts.of_video)}
+        missing = {part for part, key in parts.files() if part != "text" and self.store.shape(part, key) is None}
+        if missing & of_video:
             frames = read_clip(row, size, plan.options.fps)
-        drawn = [(part, key) for part, key in parts.files() if part in ("references", "teacher", "tokens")]
-        if any(self.store.shape(part, key) is None for part, key in drawn):
-            canvases = draw_canvases(row, plan.options, plan.canvas_size, digest)
+        if missing - of_video:
+            canvases = draw_canvases(row, plan.options, plan.sizes.canvas, digest)
         return PreparedRow(size, parts, frames, canvases, files=dict(sorted(files.items())))
 
 
@@ -305,20 +335,25 @@ class RowEncoder:
         parts, size = prepared.parts, prepared.size
         assert parts is not None
         assert size is not None
-        grid = self.encoders.token_grid(self.plans[size].options)
+        plan, variants = self.plans[size], 1
         shape = self._part("video", parts.video, lambda: self._latents(prepared.frames), "VAE")
-        references = self._part("references", parts.references, lambda: self._references(prepared.canvases), "VAE")
-        for name, key in parts.teachers.items():
-            self._part("teacher", key, partial(self._features, name, prepared.canvases, grid), f"teacher {name}")
+        if parts.references is not None:
+            variants, *_ = self._part(
+                "references", parts.references, lambda: self._references(prepared.canvases), "VAE"
+            )
+        for target in plan.options.all_targets:
+            for name, key in parts.targets.get(target.objective, {}).items():
+                make = partial(self._target, target, name, prepared, plan.sizes)
+                self._part(target_part(target.objective), key, make, f"teacher {name}")
         if parts.tokens:
-            self._part("tokens", parts.tokens, partial(_tokens, prepared.canvases, grid), "tokens")
+            self._part("tokens", parts.tokens, partial(_tokens, prepared.canvases, plan.sizes.tokens), "tokens")
         return IndexEntry(
             key=hash_of([parts.video, parts.references, parts.text, row.subjects]),
             file_name=row.file_name,
             line=row.line,
             parts=parts,
             shape=shape,
-            variants=references[0],
+            variants=variants,
             subjects=tuple(row.subjects),
             source=row.source,
         )
@@ -359,10 +394,14 @@ class RowEncoder:
         encode = self.encoders.family.encode_images
         return torch.stack([encode(self.encoders.pipe, variant * 2 - 1) for variant in images])
 
-    def _features(self, name: str, canvases: np.ndarray | None, grid: tuple[int, int]) -> Tensor:
-        shown = grid if self.options.teacher_grid == "match" else None
+    def _target(self, target: Target, teacher: str, prepared: PreparedRow, sizes: Sizes) -> Tensor:
         self.encoders.use("images")
-        return torch.stack([self.encoders.teachers[name].encode(variant, shown) for variant in _images(canvases)])
+        models = self.encoders.models.get(target.objective, {})
+        if target.of == "video":
+            assert prepared.frames is not None
+            return target.encode(teacher, torch.from_numpy(prepared.frames).movedim(-1, 0) / 255, sizes, models)
+        images = _images(prepared.canvases)
+        return torch.stack([target.encode(teacher, variant, sizes, models) for variant in images])
 
     def _embedding(self, caption: str) -> Tensor:
         length = self.options.max_sequence_length

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
+from ...batch import REFERENCE
 from ...errors import ConfigError
 from ...families._base_model import read_base_model
 from ...families._pipeline_folder import open_pipeline, reading
@@ -22,6 +23,7 @@ from ...media.canvas import fixed_size_problems, reference_size
 from ...media.sizes import size_misfits
 from ...teachers.base import Teacher, load_teacher
 from .options import DTYPES, CacheOptions, model_id
+from .targets import Sizes
 
 PIPELINE_CONFIG = "model_index.json"
 FIELD = "base_model"
@@ -35,7 +37,7 @@ class Encoders:
         family: the base's family.
         pipe: the base's pipeline without its transformer.
         patch_size: latent frames, rows and columns that make one token of the base's transformer.
-        teachers: id -> teacher.
+        models: objective -> id -> teacher.
         vae: JSON facts that decide latents.
         text_encoder: JSON facts that decide text embeddings.
         device: where encoders work; those that do not wait in host memory.
@@ -44,7 +46,7 @@ class Encoders:
     family: Family
     pipe: Any
     patch_size: tuple[int, int, int]
-    teachers: dict[str, Teacher] = field(default_factory=dict)
+    models: dict[str, dict[str, Teacher]] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] = field(default_factory=dict)
     device: torch.device | str = "cpu"
@@ -64,9 +66,53 @@ class Encoders:
             module.to("cpu")
         for module in come:
             module.to(self.device)
-        for teacher in self.teachers.values():
+        for teacher in (teacher for teachers in self.models.values() for teacher in teachers.values()):
             teacher.to("cpu" if kind == "text" else self.device)
         self._at_work = kind
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """Those of reference alignment."""
+        return self.models.get(REFERENCE, {})
+
+    @property
+    def widths(self) -> dict[str, dict[str, int]]:
+        """Objective -> teacher id -> width, of loaded teachers."""
+        return {name: {key: teacher.dim for key, teacher in models.items()} for name, models in self.models.items()}
+
+    def sizes(self, options: CacheOptions) -> Sizes:
+        """What rows are brought to, of options with one size."""
+        return Sizes(
+            video=(options.num_frames, options.height, options.width),
+            canvas=self.canvas_size(options),
+            keep_background=options.keep_background,
+            tokens=self.token_grid(options),
+            multiples=self.family.size_multiples(self.pipe, self.patch_size),
+        )
+
+    def shapes(self, options: CacheOptions) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Objective -> teacher id -> shape of one reference's or one row's target, of options with one size."""
+        sizes = self.sizes(options)
+        return {
+            target.objective: {
+                teacher: target.shape(teacher, sizes, self.models.get(target.objective, {}))
+                for teacher in target.teachers
+            }
+            for target in options.all_targets
+        }
+
+    def target_facts(self, options: CacheOptions) -> dict[str, Any]:
+        """What `meta.json` says of the targets, see `index`."""
+        shapes = self.shapes(options.at(options.sizes[0]))
+        return {
+            target.objective: {
+                "of": target.of,
+                "shapes": {
+                    name: [*[None] * (len(shape) - 1), shape[-1]] for name, shape in shapes[target.objective].items()
+                },
+            }
+            for target in options.all_targets
+        }
 
     def canvas_size(self, options: CacheOptions) -> tuple[int, int]:
         """Height and width of a reference's canvas in pixels."""
@@ -112,13 +158,16 @@ def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> 
         pipe = model.family.load_encoders(
             str(base.path), variant=options.variant, dtype={"vae": torch.float32, "default": text_dtype}
         )
-    teachers = {teacher: load_teacher(teacher, layer=options.teacher_layer) for teacher in options.teachers}
+    models = {
+        target.objective: {name: load_teacher(name, layer=target.layer) for name in target.models}
+        for target in options.all_targets
+    }
     facts = {"id": model_id(name), "variant": options.variant}
     encoders = Encoders(
         model.family,
         pipe,
         model.patch_size,
-        teachers,
+        models,
         vae={**facts, "version": version_of(options, ("vae",)), "dtype": "fp32"},
         text_encoder={
             **facts,

@@ -15,12 +15,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ...batch import REFERENCE
 from ...errors import UserError, shorten
 from ...files import atomic_file
 from ...json_files import parse_json
 from .digests import FileDigests
 from .encoders import version_of
-from .index import NAME_LENGTH, REMEDY, check_list, list_path, read_meta
+from .entries import NAME_LENGTH, REMEDY
+from .index import check_list, list_path, read_meta
 from .options import CacheOptions
 
 RowFiles = tuple[str, dict[str, str]]
@@ -105,8 +107,9 @@ def _changed_encoders(options: CacheOptions, meta: dict[str, Any], digests: File
         now = version_of(options, components, digests) if then else None
         if now is not None and now != then:
             yield f"{name} of {options.base_model!r}"
-    for teacher in options.teachers:
-        then = _fact(provenance, "teachers", teacher, "teacher", "revision")
+    for objective, teacher in [(target.objective, name) for target in options.all_targets for name in target.models]:
+        made = ("teachers",) if objective == REFERENCE else ("targets", objective)
+        then = _fact(provenance, *made, teacher, "teacher", "revision")
         if then and os.path.isdir(teacher) and (now := _teacher_version(teacher, digests)) not in (None, then):
             yield f"the teacher {teacher!r}"
 

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import ReadError, UserError, shorten
+from ...alignment.objective import NAME
+from ...batch import REFERENCE
+from ...errors import ReadError, UserError
 from ...files import atomic_file, require_regular
 from ...hashes import file_digest, hash_of
 from ...json_files import parse_json, read_bytes, write_json
+from .entries import REMEDY, IndexEntry, entry_of, is_count, is_key, line_of
 from .options import ADDED, DTYPES
-from .parts import KEY, META_NAME, MISSING, NO_FILE
+from .parts import META_NAME, MISSING, NO_FILE
 
 LISTS = ("index", "files")
 """`<list>-<split>.jsonl`; the second is `freshness`'s."""
@@ -31,59 +33,8 @@ OLDEST = {"format", "options", "manifests", "teachers", "empty_text", "provenanc
 """What a `meta.json` without checksums holds, and nothing else."""
 FORMAT = 1
 """Raised when what a cache holds changes its meaning: all of it is then made anew."""
-
-REMEDY = "run `refalign cache --config …`"
-
-
-@dataclass(frozen=True)
-class RowParts:
-    """Keys of a row's parts (see `PartStore`); `teachers` by teacher id, `tokens` None where all are kept."""
-
-    video: str
-    references: str
-    text: str
-    teachers: dict[str, str]
-    tokens: str | None = None
-
-    def files(self) -> list[tuple[str, str]]:
-        """(part, key) of every file."""
-        parts = [("video", self.video), ("references", self.references), ("text", self.text)]
-        parts += [("teacher", key) for key in self.teachers.values()]
-        return parts + ([("tokens", self.tokens)] if self.tokens else [])
-
-
-@dataclass(frozen=True)
-class IndexEntry:
-    """One row of the cache.
-
-    Attributes:
-        key: the row's name, by its content.
-        file_name, line: the clip and where its row stands in the manifest.
-        parts: which files hold it.
-        shape: of its video latents: channels, frames, height, width.
-        variants: augmented versions of its references.
-        subjects: a number per reference; equal ones are views of one subject.
-        source: which of the manifest's sources it is from, counted from 0.
-    """
-
-    key: str
-    file_name: str
-    line: int
-    parts: RowParts
-    shape: tuple[int, ...]
-    variants: int
-    subjects: tuple[int, ...]
-    source: int = 0
-
-    def place(self, split: str) -> str:
-        """The row in a message, in one line of bounded length."""
-        name = self.file_name
-        if not name.isprintable() or len(name) > NAME_LENGTH:
-            name = shorten(name, NAME_LENGTH)
-        return f"{split} line {self.line} ({name})"
-
-
-NAME_LENGTH = 300
+MAX_TARGET_SIDES = 5
+"""Of one reference's or row's: with the two before it of references, no more than a part's file may have."""
 
 
 def index_path(cache_dir: str | Path, split: str) -> Path:
@@ -129,7 +80,7 @@ def check_list(cache_dir: str | Path, name: str, split: str, meta: dict[str, Any
 def write_index(cache_dir: str | Path, split: str, entries: Iterable[IndexEntry]) -> None:
     """Write a split's index, atomically."""
     with atomic_file(index_path(cache_dir, split)) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(_values(entry)) + "\n" for entry in entries)
+        file.writelines(json.dumps(line_of(entry)) + "\n" for entry in entries)
 
 
 def read_index(cache_dir: str | Path, split: str, meta: dict[str, Any] | None = None) -> list[IndexEntry]:
@@ -148,48 +99,9 @@ def read_index(cache_dir: str | Path, split: str, meta: dict[str, Any] | None = 
         raise UserError(f"cache_dir: {str(cache_dir)!r} has no {split} rows; {REMEDY}")
     try:
         with path.open(encoding="utf-8") as file:
-            return [_entry(parse_json(line)) for line in file]
+            return [entry_of(parse_json(line)) for line in file]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(path, error, "is damaged") from None
-
-
-def _values(entry: IndexEntry) -> dict[str, Any]:
-    values = asdict(entry)
-    if entry.parts.tokens is None:
-        del values["parts"]["tokens"]  # as it was before there were any
-    if not entry.source:
-        del values["source"]
-    return values
-
-
-def _entry(values: dict[str, Any]) -> IndexEntry:
-    """The entry of a line.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is none.
-    """
-    parts = RowParts(**values["parts"])
-    shape, subjects = tuple(values["shape"]), tuple(values["subjects"])
-    entry = IndexEntry(**{**values, "parts": parts, "shape": shape, "subjects": subjects})
-    keys = [entry.key, parts.video, parts.references, parts.text, *parts.teachers.values()]
-    wrong = [key for key in [*keys, *([parts.tokens] if parts.tokens is not None else [])] if not _is_key(key)]
-    counts = {"line": (entry.line, 0), "variants": (entry.variants, 1), "source": (entry.source, 0)}
-    wrong += [name for name, (value, least) in counts.items() if not _is_count(value, least)]
-    if len(shape) != 4 or not all(_is_count(side, 1) for side in shape) or not isinstance(entry.file_name, str):
-        wrong.append("shape or file_name")
-    if not subjects or not all(_is_count(number, 0) for number in subjects):
-        wrong.append("subjects")
-    if wrong:
-        raise ValueError(f"a row's {shorten(wrong[0])}")
-    return entry
-
-
-def _is_key(value: Any) -> bool:
-    return isinstance(value, str) and KEY.fullmatch(value) is not None
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < 2**31
 
 
 def _unreadable(path: Path, error: Exception, what: str) -> UserError:
@@ -225,6 +137,10 @@ def write_meta(cache_dir: str | Path, meta: dict[str, Any]) -> None:
 def read_meta(cache_dir: str | Path) -> dict[str, Any]:
     """Read `meta.json`; options that it does not mention because they came later are those it was made with.
 
+    Returns:
+        What it says. "targets" are those of all objectives: what has them ("of": "references" or "video") and, by
+        teacher id, their shapes, None for sides that rows differ in.
+
     Raises:
         UserError: there is no cache, or it is damaged.
     """
@@ -239,7 +155,22 @@ def read_meta(cache_dir: str | Path) -> dict[str, Any]:
         raise UserError(f"cache_dir: {str(cache_dir)!r} was made by another version of this package; {REMEDY}")
     if not isinstance(meta, dict) or not _is_sealed(meta) or not _is_meta(meta):
         raise UserError(f"cache_dir: {str(path)!r} is damaged or edited; {REMEDY} to make it anew")
-    return {**meta, "options": {**ADDED, **meta["options"]}}
+    return {**meta, "options": {**ADDED, **meta["options"]}, "targets": _targets(meta)}
+
+
+def listed_targets(targets: dict[str, Any]) -> dict[str, Any]:
+    """What `meta.json` says of targets, see `read_meta`: reference alignment's are "teachers" with their widths, as
+    before there were others, and the others are there where there are any."""
+    teachers = targets.get(REFERENCE, {"shapes": {}})["shapes"]
+    others = {objective: facts for objective, facts in targets.items() if objective != REFERENCE}
+    widths = {name: shape[-1] for name, shape in teachers.items()}
+    return {"teachers": widths, **({"targets": others} if others else {})}
+
+
+def _targets(meta: dict[str, Any]) -> dict[str, Any]:
+    shapes = {name: [None, None, width] for name, width in meta["teachers"].items()}
+    references = {REFERENCE: {"of": "references", "shapes": shapes}} if shapes else {}
+    return {**references, **meta.get("targets", {})}
 
 
 def _is_sealed(meta: dict[str, Any]) -> bool:
@@ -258,10 +189,28 @@ def _is_meta(meta: dict[str, Any]) -> bool:
         return False
     video = meta["provenance"].get("video")
     return (
-        _is_key(meta.get("empty_text"))
-        and all(_is_count(width, 1) for width in meta["teachers"].values())
-        and _is_count(meta["options"].get("max_sequence_length"), 1)
+        is_key(meta.get("empty_text"))
+        and all(is_count(width, 1) for width in meta["teachers"].values())
+        and _are_targets(meta.get("targets", {}))
+        and is_count(meta["options"].get("max_sequence_length"), 1)
         and isinstance(video, dict)
         and isinstance(video.get("dtype"), str)
         and video["dtype"] in DTYPES
     )
+
+
+def _are_targets(values: Any) -> bool:
+    return isinstance(values, dict) and all(
+        NAME.fullmatch(objective)
+        and objective != REFERENCE
+        and isinstance(value, dict)
+        and value.get("of") in ("references", "video")
+        and isinstance(value.get("shapes"), dict)
+        and all(map(_is_shape, value["shapes"].values()))
+        for objective, value in values.items()
+    )
+
+
+def _is_shape(value: Any) -> bool:
+    sides = isinstance(value, list) and 0 < len(value) <= MAX_TARGET_SIDES
+    return sides and all(side is None or is_count(side, 1) for side in value) and value[-1] is not None

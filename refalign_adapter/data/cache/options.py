@@ -14,6 +14,7 @@ from ...config_checks import canvas_problems
 from ...errors import ConfigError
 from ...media.sizes import Size
 from ..sources.manifest import SourcesValue
+from .targets import ReferenceTarget, Target
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TEACHER_GRIDS = ("match", "native")
@@ -65,13 +66,14 @@ class CacheOptions:
         reference_size: (height, width) of that canvas in pixels, whatever the video's; None: it is such a share.
         drop_background: whether the cache says which tokens of a reference show white padding only.
         max_sequence_length: text tokens that captions are cut and padded to.
-        teachers: ids or folders of vision encoders.
+        teachers: ids or folders of vision encoders whose features of the references are cached.
         teacher_layer: which hidden states they give, see `Teacher`.
         teacher_grid: "match" encodes references on the DiT's token grid, "native" on each teacher's own.
         dtype: fp32, fp16 or bf16: what is stored.
         text_encoder_dtype: fp32, fp16 or bf16: what the text encoder computes in; the VAE always computes in fp32.
         seed: of the augmentations.
         num_workers: processes that decode clips while this one encodes; 0 decodes here.
+        targets: what is cached for objectives beside reference alignment.
 
     Raises:
         ConfigError: lists every problem at once.
@@ -104,6 +106,7 @@ class CacheOptions:
     drop_background: bool = False
     buckets: tuple[Size, ...] = ()
     reference_size: tuple[int, int] | None = None
+    targets: tuple[Target, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teachers", tuple(self.teachers))
@@ -136,6 +139,12 @@ class CacheOptions:
         """What clips are brought to, one or several."""
         return self.buckets or (Size(self.num_frames, self.height, self.width),)
 
+    @property
+    def all_targets(self) -> tuple[Target, ...]:
+        """Of all objectives, reference alignment's first where references have any."""
+        references = ReferenceTarget(self.teachers, self.teacher_layer, self.teacher_grid)
+        return (references, *self.targets) if self.teachers else self.targets
+
     def at(self, size: Size) -> CacheOptions:
         """The same with this size alone."""
         return dataclasses.replace(self, buckets=(size,))
@@ -148,7 +157,7 @@ class CacheOptions:
 
     def compared(self) -> dict[str, Any]:
         """The options in which a cache and its reader must agree, as JSON types."""
-        values = {name: value for name, value in dataclasses.asdict(self).items() if name in COMPARED}
+        values = {name: getattr(self, name) for name in COMPARED}
         size = None if self.reference_size is None else list(self.reference_size)
         return values | {
             "base_model": model_id(self.base_model),

@@ -5,6 +5,7 @@
     cache_dir/text/<key>.safetensors         a caption's embedding
     cache_dir/teacher/<key>.safetensors      one teacher's features of a row's references
     cache_dir/tokens/<key>.safetensors       which tokens of a row's references show more than white padding
+    cache_dir/target_<objective>/<key>.safetensors    one teacher's target of another objective, see `targets`
 
 A part whose inputs or settings change gets another name, so stale ones are never read and the rest stays valid. The
 tensor's checksum stands in the file's metadata.
@@ -22,19 +23,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...alignment.objective import NAME
+from ...batch import REFERENCE
 from ...errors import ReadError, UserError
 from ...files import atomic_file, remove_leftovers, require_regular
 from .part_file import Header, all_finite, checksum, read_header, read_tensor, write_tensor
 
 PARTS = ("video", "references", "text", "teacher", "tokens")
+TARGETS = "target_"
+"""What the parts of objectives beside reference alignment begin with."""
 META_NAME = "meta.json"
 DAMAGED = ".damaged"
 """Ending of a part that was found to be damaged."""
 KEY = re.compile(r"[0-9a-f]{32}")
 """A part's key: what `hash_of` gives. Nothing else is ever made a path of."""
+_TARGET = re.compile(rf"{TARGETS}{NAME.pattern}")
 MISSING = (errno.ENOENT, errno.ENOTDIR)
 NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 """What the system says of what stands where a part should be; of all else it says, the part is not to blame."""
+
+
+def target_part(objective: str) -> str:
+    """Which part an objective's targets are."""
+    return "teacher" if objective == REFERENCE else f"{TARGETS}{objective}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class PartStore:
 
     def path(self, part: str, key: str) -> Path:
         """Where a part is or would be."""
-        assert part in PARTS
+        assert part in PARTS or _TARGET.fullmatch(part), part
         assert KEY.fullmatch(key), key
         return self.folder / part / f"{key}.safetensors"
 
@@ -210,9 +221,14 @@ class PartStore:
         """Bytes of a part's file."""
         return self.path(part, key).stat().st_size
 
+    def part_names(self) -> list[str]:
+        """Parts that there may be files of."""
+        found = [path.name for path in self.folder.glob(f"{TARGETS}*") if _TARGET.fullmatch(path.name)]
+        return [*PARTS, *sorted(found)]
+
     def remove_leftovers(self) -> None:
         """Delete what killed runs left half-written; see `files.remove_leftovers`."""
-        for folder in (self.folder, *(self.folder / part for part in PARTS)):
+        for folder in (self.folder, *(self.folder / part for part in self.part_names())):
             remove_leftovers(folder)
 
 

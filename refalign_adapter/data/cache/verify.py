@@ -10,10 +10,11 @@ from pathlib import Path
 from ...errors import ConfigError, ReadError
 from .contents import File, row_contents, text_contents
 from .dataset import open_cache
-from .index import REMEDY, read_index, read_meta
+from .entries import REMEDY
+from .index import read_index, read_meta
 from .lock import deleting
 from .options import CacheOptions
-from .parts import DAMAGED, KEY, PARTS, CacheGoneError, Expected, PartStore
+from .parts import DAMAGED, KEY, CacheGoneError, Expected, PartStore
 
 Progress = Callable[[int, int], None]
 
@@ -113,7 +114,7 @@ def prune_cache(cache_dir: str | Path) -> Files:
         for index in folder.glob("index-*.jsonl"):
             entries = read_index(folder, index.stem.removeprefix("index-"), meta)
             keep |= {store.path(*file) for entry in entries for file in entry.parts.files()}
-        for path in [path for part in PARTS for path in (folder / part).glob("*")]:
+        for path in [path for part in store.part_names() for path in (folder / part).glob("*")]:
             # Nothing but what a cache writes: a part's folder may be a link to where other things are too.
             named = KEY.fullmatch(path.stem) and path.suffix in (".safetensors", DAMAGED)
             if named and path not in keep and not (path.is_dir() and not path.is_symlink()):

@@ -160,5 +160,9 @@ def _whole_set(rows: Sequence[CheckedRow]) -> Iterator[Finding]:
             "few_subjects",
             f"references: {'one subject' if subjects else 'no subject'} in all training rows ({len(rows)})",
         )
-    if rows and all(len(set(checked.row.subjects)) == 1 for checked in rows):
-        yield Finding("one_subject", f"references: one subject in each training row ({len(rows)})")
+    counts = [len(set(checked.row.subjects)) for checked in rows]
+    if without := counts.count(0):
+        yield Finding("no_references", f"references: none in {without} of {len(rows)} training rows")
+    if max(counts, default=0) == 1:
+        most = "at most one" if without else "one"
+        yield Finding("one_subject", f"references: {most} subject in each training row ({len(rows)})")

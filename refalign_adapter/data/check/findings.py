@@ -68,6 +68,10 @@ KINDS = {
     "short_caption": Kind("short captions", "a caption names each subject's kind and says what it does"),
     "common_caption": Kind("captions that many rows share", "a caption is to describe its own clip"),
     "few_subjects": Kind("too few subjects", "the adapter would learn one subject's looks, not to follow references"),
+    "no_references": Kind(
+        "rows without references",
+        "their clips are trained on by the caption alone, and teach nothing to an adapter for references alone",
+    ),
     "one_subject": Kind(
         "no row with two subjects",
         "the alignment loss pushes apart subjects of a row, so its negative term is always 0",

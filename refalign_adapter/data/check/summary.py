@@ -86,7 +86,7 @@ def _sizes(rows: Sequence[CheckedRow]) -> Table:
     lines = [line(str(size), [size]) for size in sizes]
     lines += [line(UNKNOWN_SIZE, [None])] if any(size is None for size, _ in counts) else []
     lines += [line("all", [None, *sizes])] if len(lines) > 1 else []
-    names = [f"{number} reference{'s' * (number > 1)}" for number in numbers]
+    names = [f"{number} reference{'s' * (number != 1)}" for number in numbers]
     return Table("Clips by size (frames x height x width) and number of references", ("size", *names, "all"), lines)
 
 

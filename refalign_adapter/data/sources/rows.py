@@ -58,7 +58,7 @@ class Row:
         file_name: the clip as its data set names it.
         clip: the clip's path.
         caption: what happens in it.
-        references: at least one.
+        references: of its subjects; none where the clip is trained on by its caption alone.
         pair: "regular": the references are cut from the clip itself; "cross": they come from elsewhere.
         line: where it stands in its table, from 1.
         segment: the clip's first frame and the one after its last, counted from 0; None: the whole file.

@@ -7,7 +7,7 @@ One object a line; paths are relative to the table's folder:
 
 Without a caption, it is read from the `.txt` beside the clip. A reference without an image is a frame of the clip
 itself, {"frame": 12, "mask": "masks/0001.png"} or with a box in place of the mask. In CSV, the column of references
-is the JSON text of the list.
+is the JSON text of the list. A clip without references, an empty list or none, is trained on by its caption alone.
 """
 
 from __future__ import annotations
@@ -139,8 +139,9 @@ def _read_row(values: Any, clips: Path, folder: Path, max_references: int | None
         problems.append(f"caption must be text, got {shorten(caption)}")
     if not isinstance(values.get("pair", ""), str | None) or (values.get("pair") or PAIRS[0]) not in PAIRS:
         problems.append(f"pair must be one of {', '.join(PAIRS)}, got {shorten(values['pair'])}")
-    if not isinstance(items, list) or not items:
-        problems.append(f"references must be a list of at least one, got {shorten(items)}")
+    items = [] if items is None else items
+    if not isinstance(items, list):
+        problems.append(f"references must be a list, empty where there are none, got {shorten(items)}")
         return None, problems
     if max_references is not None and len(items) > max_references:
         problems.append(f"references: {len(items)} are more than max_references ({max_references})")
