@@ -30,7 +30,7 @@ def test_folders_of_the_first_version_give_what_they_gave(tmp_path, name):
             torch.testing.assert_close(velocity(pipe.transformer), expected, atol=2e-5, rtol=0)
         folder = pipe.branch.save_pretrained(tmp_path / "again")
     values = json.loads((folder / "refalign_config.json").read_text())
-    assert (values["format_version"], values["refalign_adapter_version"]) == (1, "0.1.0")
+    assert (values["format_version"], values["refalign_adapter_version"]) == (1, ra.__version__)
     before = json.loads((OLD / name / "refalign_config.json").read_text())
     assert [key for key in values if key in before] == list(before)  # in their order
     assert set(values) - set(before) == {"format_version", "refalign_adapter_version"}
