@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ..errors import UserError
 from ..files import PICKLE_SUFFIXES
 from ..hub import fetch
 from ..json_files import read_json
+from ..library_output import quiet_libraries
 from ..model_configs import read_model_config
 
 INDEX = "model_index.json"
@@ -200,25 +200,13 @@ def reading(name: str, field: str, what: str = "a diffusers pipeline") -> Iterat
     Raises:
         UserError: the model `name`, which the user called `field`, cannot be read as `what`.
     """
-    import diffusers
     import torch
-    import transformers
 
-    loggers = [library.utils.logging for library in (diffusers, transformers)]
-    levels = [logger.get_verbosity() for logger in loggers]
     try:
-        for logger in loggers:
-            logger.set_verbosity_error()
-            logger.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_libraries():
             yield
     except (UserError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # a library may raise anything about a file that is not as it expects
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{field}: cannot read {name!r} as {what} ({reason})") from error
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.set_verbosity(level)
-            logger.enable_progress_bar()

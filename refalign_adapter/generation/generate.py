@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from ..config import CONFIG_NAME
 from ..data.cache.options import model_id
 from ..errors import ConfigError, UserError
 from ..export.folder import open_adapter
 from ..files import remove_leftovers, require_writable_folder
+from ..hashes import file_digest
 from ..json_files import read_json, write_json
 from ..media.video_file import write_video
 from ..pipelines.guidance import ALL_STEPS
@@ -146,8 +148,11 @@ def _describe(options: GenerateOptions) -> dict[str, Any]:
         del values[name]
     for name in ("base", "adapter"):  # a folder of videos is passed on: it need not tell where things were
         values[name] = model_id(getattr(options, name))
-    with open_adapter(options.adapter, revision=options.adapter_revision).weights.open("rb") as file:
-        values["adapter_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    adapter = open_adapter(options.adapter, revision=options.adapter_revision)
+    decides = (
+        adapter.weights if adapter.config.r else adapter.path / CONFIG_NAME
+    )  # without a LoRA there are no weights
+    values["adapter_sha256"] = file_digest(decides)
     return values
 
 

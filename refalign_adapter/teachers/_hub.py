@@ -2,8 +2,7 @@
 
 import hashlib
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..errors import UserError, WriteError
+from ..hashes import file_digest
 from ..hub import fetch
 from ..json_files import read_json
+from ..library_output import quiet_libraries
 from ..model_configs import read_model_config
 
 LARGEST_SIDE = 8192
@@ -125,7 +126,7 @@ def read_model(folder: Path, model_class: str, dtype: torch.dtype) -> PreTrained
         raise UserError(f"teacher: {str(folder)!r} holds no safetensors weights, the only kind that is read")
     loader = getattr(transformers, model_class)
     try:
-        with _quiet():
+        with quiet_libraries():  # of the vision half of a text-image model, a table of all other weights
             model, report = loader.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # a library may raise anything about a file that is not as it expects
         raise UserError(f"teacher: cannot load {str(folder)!r} ({' '.join(str(error).split())[:300]})") from error
@@ -138,30 +139,14 @@ def read_model(folder: Path, model_class: str, dtype: torch.dtype) -> PreTrained
     return model
 
 
-def content_digest(folder: Path, file_digest: Callable[[Path], str] | None = None) -> str:
+def content_digest(folder: Path, file_digest: Callable[[Path], str] = file_digest) -> str:
     """sha256 of a folder's config and weight files: stands in for the commit hash that only the Hub knows.
 
     Args:
         folder: of the encoder.
-        file_digest: a file's sha256 in hexadecimal, such as one that remembers; None reads each file.
+        file_digest: a file's sha256 in hexadecimal, such as one that remembers.
     """
     digest = hashlib.sha256()
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
-        digest.update(bytes.fromhex(file_digest(path) if file_digest else _file_digest(path)))
+        digest.update(bytes.fromhex(file_digest(path)))
     return f"sha256:{digest.hexdigest()}"
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # Loading only the vision half of a text-image model would print a table of every unused weight.
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)

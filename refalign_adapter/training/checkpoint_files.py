@@ -7,7 +7,6 @@ checksums of its own.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from ..errors import UserError
 from ..files import remove_leftovers, temporary_path
+from ..hashes import file_digest
 from ..json_files import read_json, write_json
 
 ADAPTER, TRAINING = "adapter", "training"
@@ -94,12 +94,12 @@ def read_rows(folder: Path) -> dict[str, list[str]] | None:
 
 def write_checksums(folder: Path) -> None:
     """Write the SHA-256 of every file of a checkpoint into it."""
-    write_json(folder / TRAINING / CHECKSUMS, {"sha256": {name: _sha256(path) for name, path in _files(folder)}})
+    write_json(folder / TRAINING / CHECKSUMS, {"sha256": {name: file_digest(path) for name, path in _files(folder)}})
 
 
 def write_sidecar_checksums(training: Path) -> None:
     """Write the SHA-256 of what lies beside a finished adapter into that folder."""
-    sums = {f"{TRAINING}/{path.name}": _sha256(path) for path in sorted(training.iterdir())}
+    sums = {f"{TRAINING}/{path.name}": file_digest(path) for path in sorted(training.iterdir())}
     write_json(training / CHECKSUMS, {"sha256": sums})
 
 
@@ -113,7 +113,7 @@ def check_sidecar(path: Path) -> None:
         name = f"{TRAINING}/{path.name}"
         if (digest := _checksums(path.parent.parent).get(name)) is None:
             raise UserError(f"{CHECKSUMS} does not name {path.name}")
-        if _sha256(path) != digest:
+        if file_digest(path) != digest:
             raise UserError(f"{name} is not as it was written")
 
 
@@ -136,7 +136,7 @@ def check_whole(folder: Path) -> None:
             try:
                 if not stat.S_ISREG(path.stat().st_mode):
                     raise UserError(f"{name} is no file")
-                same = _sha256(path) == digest
+                same = file_digest(path) == digest
             except OSError as error:
                 raise UserError(f"{name}: {error.strerror}") from None
             if not same:
@@ -159,11 +159,6 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
         for path in sorted((folder / part).iterdir()):
             if path.name != CHECKSUMS:
                 yield f"{part}/{path.name}", path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
