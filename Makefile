@@ -45,6 +45,7 @@ lint: $(VENV)/.installed-dev ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
+	$(VENV)/bin/python tools/structure.py
 
 format: $(VENV)/.installed-dev ## fix what ruff can fix
 	$(VENV)/bin/ruff check --fix .
