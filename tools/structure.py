@@ -1,4 +1,4 @@
-"""Sizes of the package's files and functions: `python tools/structure.py`. Exits with 1 when the medians are too large.
+"""Sizes of the package's files and functions: `python tools/structure.py`. Exits with 1 when a median is too large.
 
 Imports that go up or in a ring are found by `tests/test_package.py`.
 """
@@ -35,9 +35,8 @@ def functions(path: Path) -> Iterator[tuple[int, str]]:
 def main() -> int:
     """Print medians and the largest; returns the exit code."""
     paths = [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" and "_recipes" not in path.parts]
-    files = [
-        (len(path.read_text(encoding="utf-8").splitlines()), str(path.relative_to(PACKAGE.parent))) for path in paths
-    ]
+    lengths = [len(path.read_text(encoding="utf-8").splitlines()) for path in paths]
+    files = [(length, str(path.relative_to(PACKAGE.parent))) for length, path in zip(lengths, paths, strict=True)]
     found = {
         "files": (files, MOST_LINES, "lines"),
         "functions": ([item for path in paths for item in functions(path)], MOST_CODE_LINES, "lines of code"),
