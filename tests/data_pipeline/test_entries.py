@@ -14,8 +14,8 @@ from refalign_adapter.errors import UserError
 KEYS = [letter * 32 for letter in "abcdef"]
 OLD = (
     f'{{"key": "{KEYS[0]}", "file_name": "a.mp4", "line": 1, "parts": {{"video": "{KEYS[1]}", '
-    f'"references": "{KEYS[2]}", "text": "{KEYS[3]}", "teachers": {{"dino": "{KEYS[4]}"}}, "tokens": "{KEYS[5]}"}}, "shape": [16, 2, 4, 6], '
-    '"variants": 2, "subjects": [0, 1]}'
+    f'"references": "{KEYS[2]}", "text": "{KEYS[3]}", "teachers": {{"dino": "{KEYS[4]}"}}, "tokens": "{KEYS[5]}"}}, '
+    '"shape": [16, 2, 4, 6], "variants": 2, "subjects": [0, 1]}'
 )
 
 
