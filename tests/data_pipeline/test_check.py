@@ -354,6 +354,10 @@ NOTES: dict[str, tuple[Change, list[tuple[str, str]]]] = {
             ("one_subject", "references: one subject in each training row (1)"),
         ],
     ),
+    "no references in a row": (
+        lambda data, rows: rows[0].update(references=[]),
+        [("no_references", "references: none in 1 of 4 training rows")],
+    ),
 }
 
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_adapter import weights_of
 
 from refalign_adapter.errors import UserError
@@ -147,6 +148,19 @@ def test_a_state_without_a_field_is_damaged(make_run, tmp_path):
     (folder / "training" / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"is damaged \(state.json: position: field required\)"):
         load_checkpoint(folder, run.trained)
+
+
+def test_names_are_those_of_when_reference_alignment_was_alone(make_run, tmp_path):
+    run = make_run()
+    folder = save_checkpoint(tmp_path, run.trained, Progress(1, 2, 0, 2), {}) / "training"
+    (teacher,) = run.recipe.adapter.teachers
+    encoded = teacher.replace("%", "%25").replace(".", "%2E")
+    heads = {f"heads.{block}:{encoded}.proj.{layer}.weight" for block in (0, 1) for layer in (0, 2)}
+    assert load_file(folder / "projectors.safetensors").keys() == heads
+    state = json.loads((folder / "state.json").read_text())
+    assert {name for name in state["optimizer"] if "lora" not in name} == {f"projectors.{name}" for name in heads}
+    assert state["schedule"]["weight"] == 1.0
+    assert "schedules" not in state
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(make_run, tmp_path):
