@@ -89,7 +89,7 @@ def build_step(recipe: Recipe, models: Models, dtype: torch.dtype) -> SimulatedS
     """
     transformer = models.transformer(dtype)
     with torch.device("meta"):
-        branch = attach(transformer, recipe.adapter_config(), family=recipe.family)
+        branch = attach(transformer, recipe.adapter_config(), family=models.family)
     projectors = None
     if branch.align_blocks and recipe.alignment.weight:
         widths = {name: teacher.dim for name, teacher in models.encoders.teachers.items()}

@@ -6,6 +6,8 @@ import functools
 import inspect
 from typing import Any
 
+from diffusers.loaders.lora_base import LoraBaseMixin
+
 from .call import DEFAULTS, ReferenceCall
 
 _OWN = tuple(inspect.signature(ReferenceCall.__call__).parameters.values())
@@ -19,7 +21,10 @@ def reference_class(stock: type) -> type:
         return stock
     name = stock.__name__.removesuffix("Pipeline") + "ReferencePipeline"
     own = {"__call__": _documented(stock), "encode_prompt": _with_signature(stock), "stock": stock}
-    made = type(name, (ReferenceCall, stock), {"__module__": __name__, **own})
+    bases = (ReferenceCall, stock)
+    if not issubclass(stock, LoraBaseMixin):  # not every stock pipeline can switch LoRAs by name
+        bases, own = (*bases, LoraBaseMixin), {**own, "_lora_loadable_modules": ["transformer"]}
+    made = type(name, bases, {"__module__": __name__, **own})
     made.__doc__ = f"`{stock.__name__}` that takes reference images; `load_adapter` makes it from one."
     return made
 

@@ -113,12 +113,12 @@ class TrainingStep(nn.Module):
         latents = batch.latents.float()
 
         dtype = self.transformer.dtype
-        arguments = self.branch.family.forward_arguments(
-            interpolate(latents, noise, sigmas).to(dtype), sigmas, shown.text.to(dtype)
-        )
+        family = self.branch.family
+        noisy = interpolate(latents, noise, sigmas).to(dtype)
+        arguments = family.forward_arguments(self.transformer, noisy, sigmas, shown.text.to(dtype))
         self.branch.capture = self.projectors is not None and alignment_weight > 0
         with self.branch.references(shown.references.to(dtype), shown.mask, tokens=batch.tokens):
-            prediction = self.transformer(**arguments)[0]
+            prediction = family.prediction(self.transformer, arguments, self.transformer(**arguments))
         flow = flow_loss(prediction, velocity_target(latents, noise)).mean()
 
         features = self.branch.features

@@ -57,7 +57,7 @@ def test_the_geometry_is_consistent(case):
     seen = []
     handles = [block.register_forward_hook(lambda _, __, output: seen.append(output.shape)) for block in blocks]
     with torch.no_grad():
-        out = transformer(**family.forward_arguments(latents, torch.tensor([0.5]), text))[0]
+        out = transformer(**family.forward_arguments(transformer, latents, torch.tensor([0.5]), text))[0]
     for handle in handles:
         handle.remove()
     assert out.shape == latents.shape
@@ -100,7 +100,7 @@ def calls_of(module, run):
 
 def forward(family, transformer, latents):
     text = torch.zeros(len(latents), 3, family.text_width(transformer), dtype=latents.dtype)
-    arguments = family.forward_arguments(latents, torch.full((len(latents),), 0.5), text)
+    arguments = family.forward_arguments(transformer, latents, torch.full((len(latents),), 0.5), text)
     return lambda: transformer(**arguments)
 
 
