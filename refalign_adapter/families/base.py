@@ -252,7 +252,7 @@ class Family(ABC):
         """Prompts to embeddings (B, max_sequence_length, D); rows past a prompt's last token are zero."""
 
     def pipeline_text(self, text: Tensor, negative: Tensor) -> dict[str, Tensor]:
-        """The pipeline call's arguments for a prompt and a negative one as `encode_text` makes them, (B, S, D) each."""
+        """The pipeline call's arguments for prompts and negative ones, (B, S, D) each as `encode_text` makes them."""
         return {"prompt_embeds": text, "negative_prompt_embeds": negative}
 
     def stock_scale(self, arguments: Mapping[str, Any]) -> float:

@@ -101,7 +101,7 @@ class ReferenceCall(ReferencePipeline):
                 image_guidance_scale=image_guidance_scale,
                 interval=guidance_interval,
                 batch=batch_guidance,
-                encode=None if given is None else lambda: self._encode(given, size).for_videos(videos),
+                encode=None if given is None else lambda: self._encode_references(given, size).for_videos(videos),
                 family=self._family,
             )
             _repeat_embeds(arguments, self._family.prompt_arguments)
