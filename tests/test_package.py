@@ -17,7 +17,18 @@ PACKAGE = "refalign_adapter"
 ROOT = Path(refalign_adapter.__file__).parent
 
 LAYERS = [
-    {"errors", "exchange", "files", "json_files", "tensor_files", "hashes", "library_output", "signals", "progress"},
+    {
+        "errors",
+        "exchange",
+        "files",
+        "json_files",
+        "tensor_files",
+        "hashes",
+        "library_output",
+        "signals",
+        "progress",
+        "plugins",
+    },
     {"hub", "model_configs", "config_checks", "config", "batch", "grids", "media"},
     {"flow", "alignment"},
     {"teachers", "families"},

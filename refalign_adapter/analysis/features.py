@@ -55,7 +55,7 @@ def mean_reference_tokens(
             sigmas = torch.full((len(chunk),), sigma, device=noise.device)
             prompts = text.to(noise).expand(len(chunk), -1, -1)
             with branch.references(chunk.to(noise)):
-                transformer(**branch.family.forward_arguments(noise, sigmas, prompts))
+                transformer(**branch.family.forward_arguments(transformer, noise, sigmas, prompts))
             for block, tokens in branch.features.items():
                 parts.setdefault(block, []).append(tokens.mean(2).double().cpu().numpy())
     finally:

@@ -153,10 +153,11 @@ def _losses(branch: ReferenceBranch, batch: Batch, source: Batch | None, noise: 
     latents = batch.latents.float()
     sigmas = torch.full((len(latents),), sigma, device=latents.device)
     noisy = interpolate(latents, noise, sigmas).to(transformer.dtype)
-    arguments = branch.family.forward_arguments(noisy, sigmas, batch.text.to(transformer.dtype))
+    family, text = branch.family, batch.text.to(transformer.dtype)
+    arguments = family.forward_arguments(transformer, noisy, sigmas, text)
     references = (None, None, None) if source is None else (source.references, source.mask, source.tokens)
     if source is None and branch.config.null_reference == "zeros":
         references = torch.zeros_like(batch.references), batch.mask, batch.tokens
     with branch.references(*references):
-        prediction = transformer(**arguments)[0]
+        prediction = family.prediction(transformer, arguments, transformer(**arguments))
     return flow_loss(prediction, velocity_target(latents, noise))

@@ -310,7 +310,7 @@ def attach(
     config: RefAlignConfig | None = None,
     *,
     adapter_name: str = ADAPTER_NAME,
-    family: str | None = None,
+    family: str | Family | None = None,
     seed: int | None = None,
 ) -> ReferenceBranch:
     """Freeze a DiT and give it a trainable reference branch.
@@ -320,10 +320,11 @@ def attach(
     trained whole.
 
     Args:
-        transformer: any DiT that `families/` knows, on any device (meta included).
+        transformer: any DiT that a family knows, on any device (meta included).
         config: what the adapter is; None takes the defaults.
         adapter_name: the LoRA's name in PEFT.
-        family: a family's key or `package.module:attribute`; None looks at the transformer.
+        family: of the transformer: the object, its key or `package.module:attribute`; None goes by the transformer's
+            class, see `load_family`.
         seed: of the LoRA's initial weights; None draws from torch's global generator.
 
     Raises:
@@ -345,7 +346,9 @@ def attach(
     return branch
 
 
-def fit_config(transformer: Any, config: RefAlignConfig, family: str | None = None) -> tuple[Family, RefAlignConfig]:
+def fit_config(
+    transformer: Any, config: RefAlignConfig, family: str | Family | None = None
+) -> tuple[Family, RefAlignConfig]:
     """Find the family and fill in what it decides: `base` and `target_modules`.
 
     Raises:

@@ -40,8 +40,8 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at Python, packages, accelerator, memory, disk and the Hub's cache. Loads torch, changes nothing."""
-    return [*_system(), *_packages(), *_accelerator(), *_models()]
+    """Look at Python, packages, plug-ins, accelerator, memory and disk. Loads torch and plug-ins, changes nothing."""
+    return [*_system(), *_packages(), *_plugins(), *_accelerator(), *_models()]
 
 
 def _system() -> list[Finding]:
@@ -68,6 +68,23 @@ def _packages() -> list[Finding]:
             advice = OPTIONAL.get(name, "pip install refalign-adapter")
             findings.append(Finding(name, "not installed", None if name in OPTIONAL else False, advice))
     return findings
+
+
+def _plugins() -> list[Finding]:
+    """Families and teachers of other packages; one that cannot be used matters to whoever needs it alone."""
+    from ..families.base import PLUGINS as families
+    from ..teachers.base import PLUGINS as teachers
+
+    return [
+        Finding(
+            f"plug-in, {plugins.field} {plugin.name}",
+            f"{plugin.entry.value} of {plugin.package}",
+            None if (problem := plugins.problem(plugin)) else True,
+            problem or "",
+        )
+        for plugins in (families, teachers)
+        for plugin in plugins.found
+    ]
 
 
 def _accelerator() -> list[Finding]:

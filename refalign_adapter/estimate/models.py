@@ -20,7 +20,7 @@ from ..families._pipeline_folder import PipelineFolder, reading
 from ..families.base import Family
 from ..recipes.schema import Recipe
 from ..teachers._hub import local_folder, read_config, read_processor
-from ..teachers.base import Teacher, known_teachers
+from ..teachers.base import Teacher, find_teacher
 from ..training.base_model import FIELD
 
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
@@ -83,7 +83,7 @@ def read_models(recipe: Recipe, options: CacheOptions) -> Models:
         shift,
         type(transformer),
         base.folder.config("transformer"),
-        transformer.config.in_channels,
+        base.family.channels(transformer),
         base.family.text_width(transformer),
         encoders,
     )
@@ -112,13 +112,11 @@ def read_teacher(name: str, layer: int = -1) -> Teacher:
     """
     folder = local_folder(name, files=CONFIGS)
     model_type = read_config(folder)["model_type"]
-    found = [cls for cls in known_teachers().values() if model_type in cls.model_types]
-    if not found:
-        raise UserError(f"teacher: {name!r} is a {model_type!r}, known are {', '.join(known_teachers())}")
-    model_class = getattr(transformers, found[0].model_class)
+    teacher_class = find_teacher(name, model_type)
+    model_class = getattr(transformers, teacher_class.model_class)
     with reading(name, "teacher", "an encoder"), torch.device("meta"):
         model = model_class(model_class.config_class.from_pretrained(folder))
-    return found[0](model, name=name, layer=layer, processor=read_processor(folder))
+    return teacher_class(model, name=name, layer=layer, processor=read_processor(folder))
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def build_step(recipe: Recipe, models: Models, dtype: torch.dtype) -> TrainingSt
     """
     transformer = models.transformer(dtype)
     with torch.device("meta"):
-        branch = attach(transformer, recipe.adapter_config(), family=recipe.family)
+        branch = attach(transformer, recipe.adapter_config(), family=models.family)
     objectives = build_objectives(recipe, branch, models.encoders.widths)
     on_meta = [objective.to("meta").without_data() for objective in objectives]
     step = TrainingStep(branch, on_meta, step_options(recipe, models.shift))

@@ -57,7 +57,9 @@ class BaseModel:
             return self.family.flow_shift(scheduler.from_pretrained(self.folder.path, subfolder="scheduler"))
 
 
-def read_base_model(name: str, *, field: str, revision: str | None = None, family: str | None = None) -> BaseModel:
+def read_base_model(
+    name: str, *, field: str, revision: str | None = None, family: str | Family | None = None
+) -> BaseModel:
     """Read a base's configs; from the Hub, nothing else is fetched.
 
     Args:
@@ -69,7 +71,8 @@ def read_base_model(name: str, *, field: str, revision: str | None = None, famil
     Raises:
         UserError: a base that cannot be read, or that no family knows or supports.
     """
-    folder = open_pipeline(name, field=field, revision=revision)
+    classes = () if family is None else load_family(None, family).classes
+    folder = open_pipeline(name, field=field, revision=revision, classes=classes)
     transformer_class: Any = folder.component_class("transformer")
     found = load_family(getattr(transformer_class, "__name__", "None"), family)
     if problem := found.pipeline_problem(SimpleNamespace(config=folder.index)):

@@ -18,6 +18,7 @@ from ..hub import fetch
 from ..json_files import read_json
 from ..library_output import quiet_libraries
 from ..model_configs import read_model_config
+from .base import PLUGINS
 
 INDEX = "model_index.json"
 CONFIGS = ("*.json", "*.txt", "*.model")
@@ -34,30 +35,36 @@ class PipelineFolder:
         field: what the user called it; it opens the line of every error.
         path: the folder.
         index: of `model_index.json`.
+        classes: the family's own, see `Family`; those of plug-ins are known without it.
     """
 
     name: str
     field: str
     path: Path
     index: dict[str, Any]
+    classes: tuple[type, ...] = ()
 
     def component_class(self, component: str) -> type | None:
-        """The class that the index names, one that diffusers or transformers export; None without this component.
+        """The class that the index names, one that diffusers, transformers or a family export; None without it.
 
         Raises:
             UserError: another one; a base decides numbers, not code.
         """
         library, name = self.index.get(component) or (None, None)
         self.check_class(component)
-        found = None if name is None else getattr(import_module(str(library)), name)
-        assert found is None or isinstance(found, type)
+        if name is None:
+            return None
+        if library not in ("diffusers", "transformers"):
+            return self._of_family(component)
+        found = getattr(import_module(library), name)
+        assert isinstance(found, type)
         return found
 
     def check_class(self, component: str) -> None:
         """See `component_class`; nothing that the class needs is imported.
 
         Raises:
-            UserError: a class that neither diffusers nor transformers exports.
+            UserError: a class that neither diffusers, transformers nor a family exports.
         """
         library, name = self.index.get(component) or (None, None)
         if name is None:
@@ -65,12 +72,23 @@ class PipelineFolder:
         module = import_module(library) if library in ("diffusers", "transformers") else None
         # What is not listed, such as older names of tokenizers, is imported to see whether it is there.
         exported = name in getattr(module, "__all__", ()) or isinstance(getattr(module, str(name), None), type)
-        if not exported or not str(name)[:1].isupper():
-            shown = f"{str(library)[:60]}.{str(name)[:60]}"
-            raise UserError(
-                f"{self.field}: {self.name!r} says that its {component} is a {shown}, which diffusers and "
-                "transformers do not export here; upgrade them, or take the base from who made it"
-            )
+        if (exported and str(name)[:1].isupper()) or (module is None and self._of_family(component) is not None):
+            return
+        shown = f"{str(library)[:60]}.{str(name)[:60]}"
+        line = (
+            f"{self.field}: {self.name!r} says that its {component} is a {shown}, which diffusers and "
+            "transformers do not export here; upgrade them, or take the base from who made it"
+        )
+        raise UserError("; ".join([line, *PLUGINS.problems()]))
+
+    def _of_family(self, component: str) -> type | None:
+        """The class that the index names, if it is a family's own; the index's module is compared, not imported."""
+        library, name = self.index[component]
+        known = [*self.classes, *(cls for family in PLUGINS.usable().values() for cls in family.classes)]
+        found = next((cls for cls in known if (cls.__module__, cls.__name__) == (library, name)), None)
+        if found is None or (self.path / component / f"{library}.py").exists():
+            return None  # some versions of diffusers would run the file
+        return found
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's own configuration.
@@ -130,6 +148,7 @@ def open_pipeline(
     revision: str | None = None,
     weights: Sequence[str] = (),
     variant: str | None = None,
+    classes: tuple[type, ...] = (),
 ) -> PipelineFolder:
     """Find a base, fetch what is wanted of it from the Hub, and check its index.
 
@@ -139,6 +158,7 @@ def open_pipeline(
         revision: branch, tag or commit on the Hub.
         weights: components whose weights are wanted, and checked by `PipelineFolder.check_weights`.
         variant: of the weights.
+        classes: of the family, see `PipelineFolder`.
 
     Raises:
         UserError: one line for what is no pipeline, for what `fetch` tells, and for an index that names other code.
@@ -152,7 +172,7 @@ def open_pipeline(
             path = fetch(name, field=field, revision=revision, patterns=[*CONFIGS, *wanted], ignore=_unwanted(variant))
     else:
         index = _read_index(path, name, field)
-    found = PipelineFolder(name, field, path, index)
+    found = PipelineFolder(name, field, path, index, classes)
     for component in index:
         if not component.startswith("_") and isinstance(index[component], list):
             found.check_class(component)

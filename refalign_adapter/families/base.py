@@ -1,7 +1,8 @@
 """What the package needs to know of a DiT family, and how a model's family is found.
 
 A family is one file here: its name is the family's key and it defines `FAMILY`, an instance of a `Family` subclass.
-Third parties pass a dotted path instead, `package.module:attribute`.
+Other packages name theirs by an entry point of the group `refalign_adapter.families`, key -> object; or the object is
+passed in Python, or named in a recipe by its dotted path, `package.module:attribute`.
 
 Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, S text tokens, D text
 width.
@@ -21,7 +22,10 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..plugins import Plugins, load_path
 
+GROUP = "refalign_adapter.families"
+"""Of entry points: a family's key -> the object."""
 RENAMED_DTYPE = Version("0.42")
 """diffusers that takes `dtype` and warns of `torch_dtype`; older ones pass over `dtype` without a word."""
 
@@ -30,22 +34,29 @@ class Family(ABC):
     """One DiT family: where its parts are, how its inputs are made. Stateless; models are passed in.
 
     Attributes:
-        key: the name it is known by, equal to its file's.
-        transformer_classes: names of the diffusers classes it covers.
-        pipeline_class: name of the diffusers text-to-video pipeline class.
+        key: the name it is known by, equal to its file's or its entry point's.
+        transformer_classes: names of the transformer classes it covers, diffusers' or its own.
+        pipeline_class: name of the text-to-video pipeline class, likewise.
+        classes: those of its models and pipelines that are not diffusers' or transformers'; a base's model_index.json
+            may name these too, by module and class.
         max_text_tokens: of a prompt at most; what is longer is cut by the family's own pipeline or was never trained.
+        text_first: whether text tokens stand before video tokens where they share an attention.
         video_argument, timestep_argument: names of the transformer's forward arguments for latents and timesteps.
         text_arguments: names of those that hold what the text encoder made of a prompt.
+        prompt_arguments: names of the pipeline call's arguments that have a row for each prompt: embeddings, those of
+            negative prompts, and what else goes with them, such as masks.
     """
 
     key: str
     transformer_classes: tuple[str, ...]
     pipeline_class: str
+    classes: tuple[type, ...] = ()
     max_text_tokens: int = 512
     text_first: bool = False
     video_argument: str = "hidden_states"
     timestep_argument: str = "timestep"
     text_arguments: tuple[str, ...] = ("encoder_hidden_states",)
+    prompt_arguments: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
 
     @abstractmethod
     def transformer_problem(self, transformer: Any) -> str | None:
@@ -61,7 +72,7 @@ class Family(ABC):
 
     @abstractmethod
     def blocks(self, transformer: Any) -> list[nn.Module]:
-        """The transformer blocks in order; each takes and returns (B, tokens, dim)."""
+        """The transformer blocks in order; each returns what `block_tokens` finds video tokens in."""
 
     @abstractmethod
     def self_attention(self, block: Any) -> nn.Module:
@@ -109,11 +120,26 @@ class Family(ABC):
 
     @abstractmethod
     def target_modules(self, transformer: Any) -> list[str]:
-        """Names of the linear layers that get LoRA by default."""
+        """Names of the linear layers that get LoRA by default: ends of names, or whole ones."""
 
     @abstractmethod
-    def forward_arguments(self, latents: Tensor, sigmas: Tensor, text: Tensor) -> dict[str, Any]:
-        """Keyword arguments of the transformer: latents (B, C, F, H, W), sigmas (B,) in [0, 1], text (B, S, D)."""
+    def forward_arguments(self, transformer: Any, latents: Tensor, sigmas: Tensor, text: Tensor) -> dict[str, Any]:
+        """Keyword arguments of the transformer, in whatever layout and with whatever else it takes.
+
+        Args:
+            transformer: the DiT.
+            latents: (B, C, F, H, W) noisy ones.
+            sigmas: (B,) in [0, 1].
+            text: (B, S, D) as `encode_text` makes it; `text_mask` tells its tokens from padding.
+        """
+
+    def prediction(self, transformer: Any, arguments: Mapping[str, Any], output: Any) -> Tensor:
+        """The velocity (B, C, F, H, W) in what the transformer returned when it was called with `arguments`."""
+        return output[0] if isinstance(output, tuple) else output.sample
+
+    def text_mask(self, text: Tensor) -> Tensor:
+        """(B, S) bool, True for a prompt's own tokens: rows past them are zero in what `encode_text` makes."""
+        return text.ne(0).any(-1)
 
     def channels(self, transformer: Any) -> int:
         """C, of its latents."""
@@ -138,7 +164,7 @@ class Family(ABC):
             frames, corner: their places, see `rotary_at`; what that module does need not be done here.
         """
         text = clips.new_zeros(len(clips), 1, self.text_width(transformer))
-        return self.forward_arguments(clips, torch.zeros(len(clips), device=clips.device), text)
+        return self.forward_arguments(transformer, clips, torch.zeros(len(clips), device=clips.device), text)
 
     def append_references(
         self, transformer: Any, arguments: dict[str, Any], references: Tensor, *, clean: bool
@@ -225,6 +251,10 @@ class Family(ABC):
     def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
         """Prompts to embeddings (B, max_sequence_length, D); rows past a prompt's last token are zero."""
 
+    def pipeline_text(self, text: Tensor, negative: Tensor) -> dict[str, Tensor]:
+        """The pipeline call's arguments for prompts and negative ones, (B, S, D) each as `encode_text` makes them."""
+        return {"prompt_embeds": text, "negative_prompt_embeds": negative}
+
     def stock_scale(self, arguments: Mapping[str, Any]) -> float:
         """The guidance scale that the pipeline's own loop multiplies by, from the arguments of its call."""
         return arguments["guidance_scale"]
@@ -270,39 +300,59 @@ def loading_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def known_families() -> dict[str, Family]:
     """All families of this package, key -> family."""
+    return {name: import_module(f"{__package__}.{name}").FAMILY for name in _files()}
+
+
+def _files() -> list[str]:
     package = import_module(__package__ or "")
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    names = [name for name in names if name != "base" and not name.startswith("_")]
-    return {name: import_module(f"{__package__}.{name}").FAMILY for name in sorted(names)}
+    return sorted(name for name in names if name != "base" and not name.startswith("_"))
 
 
-def load_family(model: Any, family: str | None = None) -> Family:
+def _problem(name: str, value: Any) -> str | None:
+    if not isinstance(value, Family):
+        return f"it must be an instance of refalign_adapter.families.base.Family, got {type(value).__name__}"
+    return None if value.key == name else f"its key {value.key!r} differs from the entry point's name"
+
+
+PLUGINS = Plugins(GROUP, "family", _files, _problem)
+
+
+def load_family(model: Any, family: str | Family | None = None) -> Family:
     """Find the family of a transformer (or of anything whose class name a family declares).
 
     Args:
-        model: a transformer, or a class name as it stands in a model's config.
-        family: a family's key, or `package.module:attribute` for one outside this package; None looks at the model.
+        model: a transformer, or a class name as it stands in a model's config; None where a family is given.
+        family: the object, its key, or `package.module:attribute`; None looks at the model.
 
     Raises:
-        UserError: no such family, or a model that no family knows or whose variant is not supported.
+        UserError: no such family, a plug-in that is needed and cannot be used, or a model that the family does not
+            know or whose variant is not supported.
     """
-    found = _named_family(family) if family else _family_of(model)
-    if isinstance(model, nn.Module) and (problem := found.transformer_problem(model)):
-        raise UserError(problem)
+    found = _family_of(model) if family is None else _named_family(family)
+    if isinstance(model, nn.Module):
+        if not {cls.__name__ for cls in type(model).__mro__} & set(found.transformer_classes):
+            wanted = " or ".join(found.transformer_classes)
+            raise UserError(f"family: {found.key!r} is for {wanted}, the base is a {type(model).__name__}")
+        if problem := found.transformer_problem(model):
+            raise UserError(problem)
     return found
 
 
-def _named_family(name: str) -> Family:
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            return getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"family: cannot load {name!r} ({error})") from None
-    families = known_families()
-    if name not in families:
-        raise UserError(f"family must be one of {sorted(families)} or package.module:attribute, got {name!r}")
-    return families[name]
+def _named_family(family: Any) -> Family:
+    if isinstance(family, str) and ":" not in family:
+        found = PLUGINS.get(family)  # first: it refuses a name that is a built-in one's too
+        if found is None and family in _files():
+            found = known_families()[family]
+        if found is None:
+            known = sorted({*_files(), *(plugin.name for plugin in PLUGINS.found)})
+            raise UserError(f"family must be one of {known} or package.module:attribute, got {family!r}")
+        return found
+    found = load_path(family, "family") if isinstance(family, str) else family
+    if not isinstance(found, Family):
+        given = repr(family) if isinstance(family, str) else type(family).__name__
+        raise UserError(f"family must be an instance of refalign_adapter.families.base.Family, got {given}")
+    return found
 
 
 def _family_of(model: Any) -> Family:
@@ -310,5 +360,10 @@ def _family_of(model: Any) -> Family:
     for found in known_families().values():
         if name in found.transformer_classes:
             return found
-    supported = sorted(cls for found in known_families().values() for cls in found.transformer_classes)
-    raise UserError(f"base: {name} is no known DiT; supported are {', '.join(supported)}")
+    plugins = PLUGINS.usable()
+    for found in plugins.values():
+        if name in found.transformer_classes:
+            return found
+    families = [*known_families().values(), *plugins.values()]
+    supported = ", ".join(sorted(cls for found in families for cls in found.transformer_classes))
+    raise UserError("; ".join([f"base: {name} is no known DiT; supported are {supported}", *PLUGINS.problems()]))

@@ -104,7 +104,7 @@ class WanFamily(Family):
         ]
         return [*attention, "ffn.net.0.proj", "ffn.net.2"]
 
-    def forward_arguments(self, latents: Tensor, sigmas: Tensor, text: Tensor) -> dict[str, Any]:
+    def forward_arguments(self, transformer: Any, latents: Tensor, sigmas: Tensor, text: Tensor) -> dict[str, Any]:
         return {
             "hidden_states": latents,
             "timestep": sigmas * TIMESTEPS,

@@ -130,7 +130,7 @@ def check_models(options: GenerateOptions) -> Family:
     adapter = open_adapter(options.adapter, revision=options.adapter_revision)
     base = read_base_model(options.base, field="base", revision=options.revision)
     with reading(options.base, "base"), torch.device("meta"):
-        fit_config(base.transformer, adapter.config)
+        fit_config(base.transformer, adapter.config, base.family)
         check_fits(base.transformer, base.family, adapter)
     if (vae := base.component("vae")) is not None:
         _check_size(options, base.family, base.transformer, vae)
@@ -158,7 +158,12 @@ def load_pipeline(options: GenerateOptions, device: torch.device | None = None) 
     device = device or process_device(options)[0]
     dtype = DTYPES[options.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     found = open_pipeline(
-        options.base, field="base", revision=options.revision, weights=WEIGHTS, variant=options.variant
+        options.base,
+        field="base",
+        revision=options.revision,
+        weights=WEIGHTS,
+        variant=options.variant,
+        classes=family.classes,
     )
     with reading(options.base, "base"):
         base = family.load_pipeline(
@@ -166,7 +171,7 @@ def load_pipeline(options: GenerateOptions, device: torch.device | None = None) 
         )
     if options.offload == "none":
         base.to(device)
-    pipe = load_adapter(base, options.adapter, revision=options.adapter_revision)
+    pipe = load_adapter(base, options.adapter, revision=options.adapter_revision, family=family)
     pipe.max_references = options.max_references
     if options.offload == "model":
         pipe.enable_model_cpu_offload(device=device)

@@ -75,7 +75,7 @@ class ReferencePipeline(NamedAdapters):
                 raise UserError(f"{FIELD}: give at least one image to encode")
             self._check_settings(references)
             with self._cleaned_up():
-                cache = self._encode(references, (num_frames, height, width)).given
+                cache = self._encode_references(references, (num_frames, height, width)).given
         assert isinstance(cache, ReferenceCache)
         return cache
 
@@ -214,7 +214,9 @@ class ReferencePipeline(NamedAdapters):
             self._current_timestep = None
             self.maybe_free_model_hooks()  # type: ignore[attr-defined]  # of diffusers' pipeline
 
-    def _encode(self, references: Canvases | ReferenceCache, size: tuple[int, int, int]) -> EncodedReferences:
+    def _encode_references(
+        self, references: Canvases | ReferenceCache, size: tuple[int, int, int]
+    ) -> EncodedReferences:
         """What passes are given: latents, or, with isolated attention, keys and values for videos of that size."""
         if isinstance(references, ReferenceCache):
             return EncodedReferences(references)

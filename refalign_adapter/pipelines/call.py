@@ -101,10 +101,10 @@ class ReferenceCall(ReferencePipeline):
                 image_guidance_scale=image_guidance_scale,
                 interval=guidance_interval,
                 batch=batch_guidance,
-                encode=None if given is None else lambda: self._encode(given, size).for_videos(videos),
-                text_arguments=self._family.text_arguments,
+                encode=None if given is None else lambda: self._encode_references(given, size).for_videos(videos),
+                family=self._family,
             )
-            _repeat_embeds(arguments)
+            _repeat_embeds(arguments, self._family.prompt_arguments)
             _let_callbacks_be(arguments, guide)
             with self._cleaned_up(), guide.on(self.transformer):
                 self._guide = guide
@@ -197,12 +197,12 @@ def _check_lengths(arguments: dict[str, Any]) -> None:
         )
 
 
-def _repeat_embeds(arguments: dict[str, Any]) -> None:
-    """Several videos of embeddings, which stock pipelines repeat for texts only."""
+def _repeat_embeds(arguments: dict[str, Any], names: Sequence[str]) -> None:
+    """Several videos of embeddings, which stock pipelines repeat for texts only; `names` are what has their rows."""
     videos = arguments.get("num_videos_per_prompt", 1)
     if videos == 1 or arguments.get("prompt_embeds") is None:
         return
-    for name in EMBEDS:
+    for name in names:
         if arguments.get(name) is not None:
             arguments[name] = arguments[name].repeat_interleave(videos, 0)
     if isinstance(arguments.get("negative_prompt"), list):

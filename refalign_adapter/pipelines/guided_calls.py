@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..families.base import Family
 from .conditions import EncodedReferences
 from .guidance import Call, GuidancePass, combine, plan_guidance
 from .step_caches import pass_context
@@ -33,7 +34,7 @@ class GuidedCalls:
         image_guidance_scale, interval, batch: see `plan_guidance`.
         encode: makes what passes are given of references, at the first step, when the text encoder has done its work;
             None without references.
-        text_arguments: names of the transformer's arguments that hold the text.
+        family: of the transformer.
 
     Attributes:
         negative: those arguments for the negative prompt, which batches of passes need; None: not known (any more).
@@ -48,7 +49,7 @@ class GuidedCalls:
         interval: Sequence[float],
         batch: bool,
         encode: Callable[[], EncodedReferences] | None,
-        text_arguments: Sequence[str],
+        family: Family,
     ):
         self.pipe = pipe
         self.stock_scale = stock_scale
@@ -56,7 +57,7 @@ class GuidedCalls:
         self.interval = interval
         self.batch = batch
         self.encode = encode
-        self.text_arguments = tuple(text_arguments)
+        self.family = family
         self.references: EncodedReferences | None = None
         self.negative: Arguments | None = None
         self.asleep = False
@@ -102,7 +103,7 @@ class GuidedCalls:
             return None
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if self._awaits_negative:
-            self.negative = {name: arguments[name] for name in self.text_arguments}
+            self.negative = {name: arguments[name] for name in self.family.text_arguments}
             self._running = [call for call in self._calls if not call[-1].text]
         else:
             self._begin_step()
@@ -169,7 +170,7 @@ class GuidedCalls:
         rows = [self._given if item.text else self._given | negative for item in call]
         if len(call) == 1:
             return rows[0]
-        count = len(next(value for value in self._given.values() if isinstance(value, Tensor) and value.ndim > 1))
+        count = len(self._given[self.family.video_argument])
         return {
             name: torch.cat([row[name] for row in rows])
             if isinstance(value, Tensor) and value.ndim and len(value) == count

@@ -32,6 +32,7 @@ def load_adapter(
     *,
     revision: str | None = None,
     token: str | None = None,
+    family: str | Family | None = None,
 ) -> Any:
     """Load a reference adapter onto a text-to-video pipeline.
 
@@ -51,6 +52,8 @@ def load_adapter(
         adapter_name: the LoRA's name in PEFT: letters, digits, _ and -; other LoRAs but reference adapters stay
             switched on as they are.
         revision, token: of the Hub.
+        family: of the pipeline's transformer: the object, its key or `package.module:attribute`; None goes by the
+            transformer's class. What the adapter says of it is compared and never looked up.
 
     Returns:
         A `ReferencePipeline` that is of the pipeline's own class too: of a `WanPipeline` a `WanReferencePipeline`.
@@ -60,10 +63,10 @@ def load_adapter(
             base, weights that do not fit or are not finite, anything that no adapter of this package holds, or a
             pipeline that cannot take it. `pipe` is then as it was.
     """
-    family = _check_pipeline(pipe, adapter_name)
+    family = _check_pipeline(pipe, adapter_name, family)
     folder = open_adapter(source, revision=revision, token=token)
     transformer = pipe.transformer
-    _, config = fit_config(transformer, folder.config)
+    _, config = fit_config(transformer, folder.config, family)
     check_fits(transformer, family, folder)
     for problem in fixed_size_problems(config.reference_size, _multiples(pipe, family)):
         raise UserError(f"adapter: {problem}")
@@ -98,7 +101,7 @@ def load_adapter(
     return made
 
 
-def _check_pipeline(pipe: Any, adapter_name: str) -> Family:
+def _check_pipeline(pipe: Any, adapter_name: str, family: str | Family | None) -> Family:
     """The family of a pipeline that can take another adapter of this name."""
     import diffusers
 
@@ -110,11 +113,11 @@ def _check_pipeline(pipe: Any, adapter_name: str) -> Family:
             "pipe: its transformer is compiled, which hides its layers; load the adapter first, and compile then, "
             "best with pipe.transformer.compile_repeated_blocks()"
         )
-    family = load_family(transformer)
-    if problem := family.pipeline_problem(pipe):
+    found = load_family(transformer, family)
+    if problem := found.pipeline_problem(pipe):
         raise UserError(problem)
-    if not isinstance(pipe, getattr(diffusers, family.pipeline_class)):
-        raise UserError(f"pipe: expected a {family.pipeline_class}, got {type(pipe).__name__}")
+    if found.pipeline_class not in {cls.__name__ for cls in type(pipe).__mro__}:
+        raise UserError(f"pipe: expected a {found.pipeline_class}, got {type(pipe).__name__}")
     _check_name(transformer, adapter_name)
     loaded = getattr(transformer, "peft_config", {})
     if merged := [name for name, branch in branches_of(transformer).items() if branch.merged]:
@@ -133,7 +136,7 @@ def _check_pipeline(pipe: Any, adapter_name: str) -> Family:
             "pipe: its LoRAs are fused or switched off, so that another would do nothing; call unfuse_lora() or "
             "enable_lora() first"
         )
-    return family
+    return found
 
 
 def _multiples(pipe: Any, family: Family) -> tuple[int, int]:

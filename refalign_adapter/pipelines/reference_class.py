@@ -6,6 +6,9 @@ import functools
 import inspect
 from typing import Any
 
+from diffusers.loaders.lora_base import LoraBaseMixin
+
+from ..errors import UserError
 from .call import DEFAULTS, ReferenceCall
 
 _OWN = tuple(inspect.signature(ReferenceCall.__call__).parameters.values())
@@ -13,15 +16,36 @@ _OWN = tuple(inspect.signature(ReferenceCall.__call__).parameters.values())
 
 @functools.cache
 def reference_class(stock: type) -> type:
-    """A subclass of diffusers' `stock` that takes references, the same one every time; of `WanPipeline` it is called
-    `WanReferencePipeline`."""
+    """A subclass of a stock pipeline class that takes references, the same one every time; of `WanPipeline` it is
+    called `WanReferencePipeline`.
+
+    Raises:
+        UserError: the class has private names of ours, which would stand in front of its own.
+    """
     if issubclass(stock, ReferenceCall):
         return stock
+    _check_names(stock)
     name = stock.__name__.removesuffix("Pipeline") + "ReferencePipeline"
     own = {"__call__": _documented(stock), "encode_prompt": _with_signature(stock), "stock": stock}
-    made = type(name, (ReferenceCall, stock), {"__module__": __name__, **own})
+    bases = (ReferenceCall, stock)
+    if not issubclass(stock, LoraBaseMixin):  # not every stock pipeline can switch LoRAs by name
+        bases, own = (*bases, LoraBaseMixin), {**own, "_lora_loadable_modules": ["transformer"]}
+    made = type(name, bases, {"__module__": __name__, **own})
     made.__doc__ = f"`{stock.__name__}` that takes reference images; `load_adapter` makes it from one."
     return made
+
+
+def _check_names(stock: type) -> None:
+    ours = {name for cls in ReferenceCall.__mro__[:-1] for name in vars(cls) if _is_private(name)}
+    theirs = {name for cls in stock.__mro__[:-1] for name in vars(cls)}
+    if clash := sorted(ours & theirs):
+        raise UserError(
+            f"pipe: {stock.__name__} has {clash[0]} of its own, as reference pipelines do; rename it there"
+        )
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and not name.startswith("_abc")
 
 
 def stock_class(pipe: Any) -> Any:

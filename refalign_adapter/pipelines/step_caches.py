@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from typing import Any
 
@@ -59,7 +59,9 @@ def pass_context(transformer: Any, name: str, index: int, sigma: float, steps: i
         sigma: its noise level.
         steps: how many there are.
     """
-    context = transformer.cache_context
+    context = getattr(transformer, "cache_context", None)
+    if context is None:  # a model that takes no step cache
+        return nullcontext()
     if len(inspect.signature(context).parameters) == 1:
         return context(name)
     return context(name, step_index=index, sigma=sigma, num_inference_steps=steps)

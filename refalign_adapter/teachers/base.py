@@ -1,7 +1,8 @@
 """What a frozen vision teacher is, how one is loaded, and how its feature grid meets the DiT's.
 
 A teacher is one file here that defines `TEACHER`, a subclass of `Teacher`; which one serves a checkpoint is decided by
-the `model_type` in its config. Third parties pass a dotted path instead, `package.module:Class`.
+the `model_type` in its config. Other packages name theirs by an entry point of the group `refalign_adapter.teachers`,
+name -> class; or the class is passed in Python, or by its dotted path, `package.module:Class`.
 
 Shape letters: B batch, H and W image height and width in pixels, h and w the feature grid, T the teacher's width.
 """
@@ -18,8 +19,11 @@ from transformers.utils import ModelOutput
 
 from ..errors import UserError
 from ..grids import Grid, check_grid
+from ..plugins import Plugins, load_path
 from ._hub import content_digest, encoder_files, local_folder, read_config, read_model, read_processor
 
+GROUP = "refalign_adapter.teachers"
+"""Of entry points: a teacher's name -> its class."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -206,13 +210,23 @@ def known_teachers() -> dict[str, type[Teacher]]:
     return {name: import_module(f"{__package__}.{name}").TEACHER for name in encoder_files()}
 
 
+def _problem(name: str, value: Any) -> str | None:
+    if isinstance(value, type) and issubclass(value, Teacher):
+        return None
+    got = value.__name__ if isinstance(value, type) else type(value).__name__
+    return f"it must be a subclass of refalign_adapter.teachers.base.Teacher, got {got}"
+
+
+PLUGINS = Plugins(GROUP, "teacher", encoder_files, _problem)
+
+
 def load_teacher(
     name: str,
     *,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    teacher_class: str | None = None,
+    teacher_class: str | type[Teacher] | None = None,
     layer: int = -1,
 ) -> Teacher:
     """Load a frozen teacher.
@@ -221,36 +235,59 @@ def load_teacher(
         name: Hub id or local folder of a transformers vision encoder.
         revision: branch, tag or commit on the Hub.
         dtype: of weights and features; None is float32, whatever the checkpoint holds.
-        teacher_class: `package.module:Class` of a `Teacher` outside this package; None goes by `model_type`.
+        teacher_class: what serves it: a subclass of `Teacher`, its name, or `package.module:Class`; None goes by
+            `model_type`.
         layer: which hidden states to take, see `Teacher`.
 
     Raises:
-        UserError: one line for a missing, gated, unreachable, incomplete or unknown encoder.
+        UserError: one line for a missing, gated, unreachable, incomplete or unknown encoder, or for a plug-in that is
+            needed and cannot be used.
     """
-    cls = _named_class(teacher_class) if teacher_class else _class_of(name, revision)
+    if teacher_class is None:
+        cls = find_teacher(name, read_config(local_folder(name, revision))["model_type"])
+    else:
+        cls = _named_class(teacher_class)
     return cls.from_pretrained(name, revision=revision, dtype=dtype, layer=layer).to(device)
 
 
-def _class_of(name: str, revision: str | None) -> type[Teacher]:
-    model_type = read_config(local_folder(name, revision))["model_type"]
+def find_teacher(name: str, model_type: str) -> type[Teacher]:
+    """The teacher that serves encoders of a `model_type`; those of this package come first.
+
+    Args:
+        name: of the encoder, for the message.
+        model_type: in its config.
+
+    Raises:
+        UserError: there is none.
+    """
     teachers = known_teachers()
     for teacher in teachers.values():
         if model_type in teacher.model_types:
             return teacher
-    raise UserError(
-        f"teacher: {name!r} is a {model_type!r}, known are {', '.join(teachers)}; "
+    plugins = PLUGINS.usable()
+    for teacher in plugins.values():
+        if model_type in teacher.model_types:
+            return teacher
+    line = (
+        f"teacher: {name!r} is a {model_type!r}, known are {', '.join([*teachers, *plugins])}; "
         "another one needs teacher_class=package.module:Class"
     )
+    raise UserError("; ".join([line, *PLUGINS.problems()]))
 
 
-def _named_class(path: str) -> type[Teacher]:
-    module, _, attribute = path.partition(":")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"teacher_class: cannot load {path!r} as package.module:Class ({error})") from None
+def _named_class(given: Any) -> type[Teacher]:
+    if isinstance(given, str) and ":" not in given:
+        found = PLUGINS.get(given)  # first: it refuses a name that is a built-in one's too
+        if found is None and given in encoder_files():
+            found = known_teachers()[given]
+        if found is None:
+            known = sorted({*encoder_files(), *(plugin.name for plugin in PLUGINS.found)})
+            raise UserError(f"teacher_class must be one of {known} or package.module:Class, got {given!r}")
+        return found
+    found = load_path(given, "teacher_class") if isinstance(given, str) else given
     if not (isinstance(found, type) and issubclass(found, Teacher)):
-        raise UserError(f"teacher_class must be a subclass of refalign_adapter.teachers.base.Teacher, got {path!r}")
+        shown = repr(given) if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
+        raise UserError(f"teacher_class must be a subclass of refalign_adapter.teachers.base.Teacher, got {shown}")
     return found
 
 

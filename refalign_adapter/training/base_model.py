@@ -40,6 +40,7 @@ def load_transformer(recipe: Recipe, family: Family, dtype: torch.dtype) -> Any:
     if recipe.quantization is not None:
         check_machine(recipe.quantization)
         options["quantization_config"] = quantization_config(recipe.quantization, dtype)
-    base = open_pipeline(name, field=FIELD, revision=recipe.revision, weights=("transformer",), variant=recipe.variant)
+    wanted: dict[str, Any] = {"weights": ("transformer",), "variant": recipe.variant, "classes": family.classes}
+    base = open_pipeline(name, field=FIELD, revision=recipe.revision, **wanted)
     with reading(name, FIELD):
         return family.load_transformer(str(base.path), **options)

@@ -129,7 +129,7 @@ def _encode_prompts(
     texts = [*(sample.prompt for sample in samples), recipe.sample.negative_prompt]
     *embeds, negative = family.encode_text(pipe, texts, recipe.adapter.max_sequence_length).cpu().split(1)
     pipe.to("cpu")
-    return [{"prompt_embeds": item, "negative_prompt_embeds": negative} for item in embeds]
+    return [family.pipeline_text(item, negative) for item in embeds]
 
 
 def _slug(prompt: str) -> str:

@@ -194,7 +194,7 @@ def _build_branch(recipe: Recipe, family: Family, accelerator: Accelerator) -> R
         transformer.enable_gradient_checkpointing(offloaded_checkpoint if recipe.offload_activations else None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* did not match any targeted module", category=RuntimeWarning)
-        branch = attach(transformer, recipe.adapter_config(), seed=recipe.seed)
+        branch = attach(transformer, recipe.adapter_config(), family=family, seed=recipe.seed)
     _check_patterns(recipe, branch)
     return branch
 

@@ -117,16 +117,16 @@ class TrainingStep(nn.Module):
         latents = batch.latents.float()
 
         dtype = self.transformer.dtype
-        arguments = self.branch.family.forward_arguments(
-            interpolate(latents, noise, sigmas).to(dtype), sigmas, shown.text.to(dtype)
-        )
+        family = self.branch.family
+        noisy = interpolate(latents, noise, sigmas).to(dtype)
+        arguments = family.forward_arguments(self.transformer, noisy, sigmas, shown.text.to(dtype))
         weighing = [objective for objective in self.objectives if weights.get(objective.name, 0.0) > 0]
         self.branch.capture = any(objective.taps.reference for objective in weighing)
         with (
             self._video_tokens(weighing, latents) as tapped,
             self.branch.references(shown.references.to(dtype), shown.mask, tokens=batch.tokens),
         ):
-            prediction = self.transformer(**arguments)[0]
+            prediction = family.prediction(self.transformer, arguments, self.transformer(**arguments))
         flow = flow_loss(prediction, velocity_target(latents, noise)).mean()
 
         features = Features(self.branch.features, tapped)

@@ -152,7 +152,12 @@ def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> 
     model = read_base_model(name, field=FIELD, revision=options.revision, family=options.family)
     text_dtype = DTYPES[options.text_encoder_dtype]
     base = open_pipeline(
-        name, field=FIELD, revision=options.revision, weights=("vae", "text_encoder"), variant=options.variant
+        name,
+        field=FIELD,
+        revision=options.revision,
+        weights=("vae", "text_encoder"),
+        variant=options.variant,
+        classes=model.family.classes,
     )
     with reading(name, FIELD):
         pipe = model.family.load_encoders(
