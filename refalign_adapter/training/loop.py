@@ -39,7 +39,7 @@ from .tracking import LossMeter, ProgressBar, RunLog, say
 from .validation import validate
 
 SAMPLES = "samples"
-LETTING_GO = 0.5
+LETTING_GO = 1.0
 """Seconds, thousands of times what it takes."""
 DATA_WAIT = "train/data_wait"
 """Share of a step's time in which the main process waits for batches, in [0, 1]."""
@@ -114,6 +114,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, output_dir: Path, objective
         watchers.bar.close()
         with stopping_means("see above; whatever was written is whole"):
             watchers.log.close()
+        _let_go(accelerator)  # while the model is still here
     return folder
 
 
