@@ -35,7 +35,8 @@ class Rewired:
 
     def __init__(self, kind: type):
         call: Any = kind.__call__
-        self.kind, self.slot = kind, None
+        self.kind = kind
+        self.slot: Any = None
         if not {ATTENTION, FUNCTIONAL} & set(call.__code__.co_names):
             raise UserError(
                 f"references: {kind.__name__} calls no attention function that is known; set the stock one"
@@ -86,4 +87,4 @@ def in_front_of(kind: type, original: type) -> type:
 def revive(kind: type, original: type) -> Any:
     """An empty processor, for copies and pickles: its class is made at run time."""
     made = in_front_of(kind, original)
-    return made.__new__(made)
+    return object.__new__(made)

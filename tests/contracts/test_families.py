@@ -561,6 +561,26 @@ def test_named_adapters_are_switched_and_unloaded(case, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.transformer.state_dict().items())
 
 
+def test_an_adapter_on_all_tokens_is_fused_unfused_and_merged(case, tmp_path):
+    case.attached("isolated", "all")[1].save_pretrained(tmp_path / "adapter")
+    pipe = ra.load_adapter(case.pipeline(), tmp_path / "adapter", family=case.family)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = case.arguments(pipe.transformer, batch=1)
+
+    def outputs():
+        with torch.no_grad():
+            for given in (None, case.references(pipe.transformer, 1)):
+                with pipe.branch.references(given):
+                    yield pipe.transformer(**arguments)[0]
+
+    expected = list(outputs())
+    for change in (pipe.fuse_lora, pipe.unfuse_lora, lambda: ra.merge_and_unload(pipe)):
+        change()
+        for got, wanted in zip(outputs(), expected, strict=True):
+            torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+    assert not getattr(pipe.transformer, "peft_config", None)
+
+
 @pytest.fixture(scope="module")
 def base(pipe, tmp_path_factory):
     """The pipeline's folder."""
