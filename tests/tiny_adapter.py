@@ -54,7 +54,7 @@ def anatomy(transformer: Any) -> dict[str, Any]:
         "modules": [(name, type(module)) for name, module in transformer.named_modules()],
         "identities": [id(module) for module in transformer.modules()],
         "hooks": [len(getattr(module, kind)) for module in transformer.modules() for kind in hooks],
-        "processors": list(map(id, transformer.attn_processors.values())),
+        "processors": list(map(id, getattr(transformer, "attn_processors", {}).values())),
         "parameters": [(name, p.requires_grad, p.dtype) for name, p in transformer.named_parameters()],
         "attributes": sorted(set(vars(transformer)) - OF_DIFFUSERS),
         "peft": bool(getattr(transformer, "_hf_peft_config_loaded", False)),

@@ -86,5 +86,5 @@ def in_front_of(kind: type, original: type) -> type:
 
 def revive(kind: type, original: type) -> Any:
     """An empty processor, for copies and pickles: its class is made at run time."""
-    made: Any = in_front_of(kind, original)
-    return made.__new__(made)
+    made = in_front_of(kind, original)
+    return object.__new__(made)

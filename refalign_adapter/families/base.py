@@ -33,6 +33,13 @@ RENAMED_DTYPE = Version("0.42")
 class Family(ABC):
     """One DiT family: where its parts are, how its inputs are made. Stateless; models are passed in.
 
+    The rest of the package relies on these ways of diffusers. The transformer is a `ModelMixin` with
+    `PeftAdapterMixin`; its blocks' self-attention has `set_processor`, and a processor that attends by
+    `dispatch_attention_fn` or `F.scaled_dot_product_attention`. The pipeline's call takes `prompt`, `negative_prompt`,
+    `height`, `width`, `num_frames`, `guidance_scale`, `latents` and `output_type`; it asks
+    `do_classifier_free_guidance` in every step, calls the transformer with the prompt, then with the negative one, and
+    takes u + s · (c − u); it has `encode_prompt`, `guidance_scale`, `num_timesteps` and a `scheduler`.
+
     Attributes:
         key: the name it is known by, equal to its file's or its entry point's.
         transformer_classes: names of the transformer classes it covers, diffusers' or its own.

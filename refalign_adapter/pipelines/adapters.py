@@ -163,9 +163,9 @@ class NamedAdapters:
             list(components), lora_scale=lora_scale, safe_fusing=safe_fusing, adapter_names=names, **kwargs
         )
 
-    def unfuse_lora(self, *args: Any, **kwargs: Any) -> None:
+    def unfuse_lora(self, components: Any = ("transformer",), **kwargs: Any) -> None:
         """Take fused LoRAs out of the weights; each acts at the strength it had before, whatever `lora_scale` was."""
-        super().unfuse_lora(*args, **kwargs)  # type: ignore[misc]  # of diffusers' LoRA mixin
+        super().unfuse_lora(list(components), **kwargs)  # type: ignore[misc]  # of diffusers' LoRA mixin
         restore_strengths(self.transformer)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from ..data.cache.encoders import Encoders
 from ..errors import UserError
+from ..families._pipeline_folder import reading
 from ..families.base import Family
 from ..media.images import read_image
 from ..media.sizes import Size
@@ -21,7 +22,8 @@ from ..recipes.schema import Recipe, SamplePrompt
 from ..signals import tell
 
 if TYPE_CHECKING:
-    from .setup import Run
+    from .base_model import FIELD
+from .setup import Run
 
 
 class Sampler:
@@ -113,12 +115,13 @@ def sample_arguments(recipe: Recipe) -> dict[str, Any]:
 
 def _load_encoders(recipe: Recipe, family: Family, bf16: bool) -> Any:
     text_dtype = torch.bfloat16 if bf16 else torch.float32
-    return family.load_encoders(
-        recipe.pretrained_model_name_or_path,
-        revision=recipe.revision,
-        variant=recipe.variant,
-        dtype={"vae": torch.float32, "default": text_dtype},
-    )
+    with reading(recipe.pretrained_model_name_or_path, FIELD):
+        return family.load_encoders(
+            recipe.pretrained_model_name_or_path,
+            revision=recipe.revision,
+            variant=recipe.variant,
+            dtype={"vae": torch.float32, "default": text_dtype},
+        )
 
 
 def _encode_prompts(

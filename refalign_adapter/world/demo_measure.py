@@ -19,6 +19,7 @@ from ..branch.attach import ReferenceBranch, attach, branch_of
 from ..data.cache.dataset import CachedDataset
 from ..export.folder import open_adapter
 from ..families.wan import FAMILY
+from ..library_output import quiet_libraries
 from ..pipelines.load import load_adapter
 from .demo_samples import SPLIT, draw_prepared
 from .subjects import KINDS, Subject, random_subject
@@ -68,7 +69,8 @@ def measure(base: Path, adapter: Path, cache_dir: Path, *, height: int, width: i
         seed: of subjects, pairing and noise.
     """
     rows = CachedDataset(cache_dir, split="validation", targets={})
-    pipe = FAMILY.load_pipeline(str(base))
+    with quiet_libraries():
+        pipe = FAMILY.load_pipeline(str(base))
     subjects, views, labels = paired_views(pipe, height, width, seed)
     arguments: dict[str, Any] = {"num_frames": rows.shapes[0][1], "seed": seed}
 

@@ -298,7 +298,7 @@ def test_without_references_the_base_is_itself_bit_for_bit(case, dtype):
 def test_detached_the_transformer_is_as_it_was(case, mode):
     transformer = case.pipeline().transformer
     arguments = case.arguments(transformer)
-    before, processors = shape_of(transformer), processors_of(case, transformer)
+    before, processors = anatomy(transformer), processors_of(case, transformer)
     with torch.no_grad():
         expected = transformer(**arguments)[0]
     config = ra.RefAlignConfig(attention=mode[0], lora_scope=mode[1], r=4, align_layers=2, max_sequence_length=16)
@@ -307,16 +307,10 @@ def test_detached_the_transformer_is_as_it_was(case, mode):
     with branch.references(case.references(transformer)):
         transformer(**arguments)
     branch.detach()
-    assert shape_of(transformer) == before
-    assert all(map(lambda new, old: new is old, processors_of(case, transformer), processors))
+    assert anatomy(transformer) == before
+    assert list(map(id, processors_of(case, transformer))) == list(map(id, processors))
     with torch.no_grad():
         assert torch.equal(transformer(**arguments)[0], expected)
-
-
-def shape_of(transformer):
-    """What `anatomy` says, of a model without diffusers' `attn_processors` too."""
-    vars(transformer).setdefault("attn_processors", {}) if not hasattr(transformer, "attn_processors") else None
-    return anatomy(transformer)
 
 
 def processors_of(case, transformer):
@@ -559,6 +553,26 @@ def test_named_adapters_are_switched_and_unloaded(case, tmp_path):
     pipe.unload_lora_weights()
     assert set(base.transformer.state_dict()) == set(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.transformer.state_dict().items())
+
+
+def test_an_adapter_on_all_tokens_is_fused_unfused_and_merged(case, tmp_path):
+    case.attached("isolated", "all")[1].save_pretrained(tmp_path / "adapter")
+    pipe = ra.load_adapter(case.pipeline(), tmp_path / "adapter", family=case.family)
+    pipe.set_progress_bar_config(disable=True)
+    arguments = case.arguments(pipe.transformer, batch=1)
+
+    def outputs():
+        with torch.no_grad():
+            for given in (None, case.references(pipe.transformer, 1)):
+                with pipe.branch.references(given):
+                    yield pipe.transformer(**arguments)[0]
+
+    expected = list(outputs())
+    for change in (pipe.fuse_lora, pipe.unfuse_lora, lambda: ra.merge_and_unload(pipe)):
+        change()
+        for got, wanted in zip(outputs(), expected, strict=True):
+            torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+    assert not getattr(pipe.transformer, "peft_config", None)
 
 
 @pytest.fixture(scope="module")
