@@ -216,10 +216,10 @@ def test_a_clip_that_is_no_video(fails, recipe, tmp_path, kind):
     assert "1.mp4" in line
 
 
-def test_a_row_without_references(fails, recipe, tmp_path):
+def test_a_row_whose_references_are_no_list(fails, recipe, tmp_path):
     manifest = tmp_path / "data" / "metadata.jsonl"
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-    rows[2]["references"] = []
+    rows[2]["references"] = "a.png"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (line,) = fails("cache", "--config", recipe)
     assert "line 3" in line

@@ -54,7 +54,7 @@ def test_problems_exit_with_2_a_line_each_and_the_report_is_written(run, folder)
     (folder / "data/clips/0.mp4").write_text("")
     (folder / "data/references/1_0.png").write_text("")
     with (folder / "data/metadata.jsonl").open("a") as file:
-        file.write('{"file_name": "no.mp4"}\n')
+        file.write('{"file_name": "no.mp4", "references": 3}\n')
     code, out, errors = run("--sheets", "0", "--output", "report", "--workers", "1")
     assert code == 2
     assert [line.split(": ")[1] for line in errors] == [f"data/metadata.jsonl line {line}" for line in (5, 5, 5, 1, 2)]

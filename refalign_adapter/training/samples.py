@@ -20,10 +20,10 @@ from ..pipelines.reference_class import build_pipeline
 from ..recipes.cache_options import options_of
 from ..recipes.schema import Recipe, SamplePrompt
 from ..signals import tell
+from .base_model import FIELD
 
 if TYPE_CHECKING:
-    from .base_model import FIELD
-from .setup import Run
+    from .setup import Run
 
 
 class Sampler:

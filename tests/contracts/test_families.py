@@ -18,6 +18,7 @@ from toy_video_dit import FAMILY as TOY
 
 import refalign_adapter as ra
 from refalign_adapter.alignment.projector import Projectors
+from refalign_adapter.alignment.reference.objective import REFERENCE, ReferenceAlignment
 from refalign_adapter.batch import Batch
 from refalign_adapter.branch.rewired import Rewired
 from refalign_adapter.families._base_model import read_base_model
@@ -460,15 +461,15 @@ def trained_adapter(case, mode, folder):
         references=family.encode_images(pipe, images).unsqueeze(2),
         mask=torch.tensor([[True], [True]]),
         subjects=torch.zeros(2, 1, dtype=torch.int64),
-        teacher={"teacher": torch.randn(2, 1, 2, 3, 10, generator=generator)},
+        targets={REFERENCE: {"teacher": torch.randn(2, 1, 2, 3, 10, generator=generator)}},
     )
     projectors = Projectors(branch.align_blocks, family.hidden_size(transformer), {"teacher": 10}, generator)
-    step = TrainingStep(branch, projectors, StepOptions())
+    step = TrainingStep(branch, [ReferenceAlignment(projectors)], StepOptions())
     optimizer = torch.optim.AdamW([item for item in step.parameters() if item.requires_grad], lr=1e-2)
     empty, losses = family.encode_text(pipe, [""], 16)[0], []
     for _ in range(8):
         options = {"sigmas": torch.tensor([0.4, 0.8]), "noise": draw(*batch.latents.shape, seed=3)}
-        output = step(batch, empty, generator=generator, alignment_weight=0.5, drop_conditions=False, **options)
+        output = step(batch, empty, generator=generator, weights={REFERENCE: 0.5}, drop_conditions=False, **options)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
