@@ -75,10 +75,11 @@ class WanFamily(Family):
         rope, (_, patch_rows, patch_columns) = transformer.rope, transformer.config.patch_size
         rows = torch.arange(latents.shape[3] // patch_rows, device=frames.device) + corner[0]
         columns = torch.arange(latents.shape[4] // patch_columns, device=frames.device) + corner[1]
+        of_rows = 2 * (transformer.config.attention_head_dim // 6)  # as many channels as columns have; frames the rest
         angles = (
-            _angles(frames, rope.t_dim)[:, None, None],
-            _angles(rows, rope.h_dim)[None, :, None],
-            _angles(columns, rope.w_dim)[None, None],
+            _angles(frames, transformer.config.attention_head_dim - 2 * of_rows)[:, None, None],
+            _angles(rows, of_rows)[None, :, None],
+            _angles(columns, of_rows)[None, None],
         )
 
         def table(function: Callable[[Tensor], Tensor]) -> Tensor:
