@@ -6,7 +6,7 @@ installed is an unknown name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -78,6 +78,29 @@ class Plugins:
         if problem:
             raise UserError(f"{self.field}: {problem}")
         return value
+
+    def named(self, given: Any, known: Callable[[], Mapping[str, Any]], field: str) -> Any:
+        """What somebody asks for: by name, by the path `package.module:attribute`, or the object itself.
+
+        Args:
+            given: a name, a path or an object; which kind of object that is, is for the caller to check.
+            known: imports the built-in ones; name -> object.
+            field: what the user called it.
+
+        Raises:
+            UserError: no such name or path, or a plug-in that cannot be used.
+        """
+        if not isinstance(given, str):
+            return given
+        if ":" in given:
+            return load_path(given, field)
+        found = self.get(given)  # first: it refuses a name that is a built-in one's too
+        if found is None and given in self._built_in():
+            found = known()[given]
+        if found is None:
+            names = sorted({*self._built_in(), *(plugin.name for plugin in self.found)})
+            raise UserError(f"{field} must be one of {names} or package.module:attribute, got {given!r}")
+        return found
 
     def usable(self) -> dict[str, Any]:
         """Name -> object, of those that can be used."""

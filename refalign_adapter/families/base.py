@@ -22,7 +22,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..plugins import Plugins, load_path
+from ..plugins import Plugins
 
 GROUP = "refalign_adapter.families"
 """Of entry points: a family's key -> the object."""
@@ -347,15 +347,7 @@ def load_family(model: Any, family: str | Family | None = None) -> Family:
 
 
 def _named_family(family: Any) -> Family:
-    if isinstance(family, str) and ":" not in family:
-        found = PLUGINS.get(family)  # first: it refuses a name that is a built-in one's too
-        if found is None and family in _files():
-            found = known_families()[family]
-        if found is None:
-            known = sorted({*_files(), *(plugin.name for plugin in PLUGINS.found)})
-            raise UserError(f"family must be one of {known} or package.module:attribute, got {family!r}")
-        return found
-    found = load_path(family, "family") if isinstance(family, str) else family
+    found = PLUGINS.named(family, known_families, "family")
     if not isinstance(found, Family):
         given = repr(family) if isinstance(family, str) else type(family).__name__
         raise UserError(f"family must be an instance of refalign_adapter.families.base.Family, got {given}")

@@ -79,11 +79,6 @@ class GuidancePlan:
         start, stop = self.interval
         return self.guided if start <= index / steps < stop else self.unguided
 
-    @property
-    def needs_negative(self) -> bool:
-        """Whether any pass sees the negative prompt."""
-        return any(not item.text for call in self.guided for item in call)
-
 
 def check_scales(
     guidance_scale: float, image_guidance_scale: float, guidance_interval: Sequence[float] = ALL_STEPS

@@ -246,9 +246,7 @@ class Recipe(Section):
 
     learning_rate: Rate = Field(default=1e-4, description="of the LoRA")
     projector_learning_rate: Rate | None = Field(default=None, description="of the projectors; null = learning_rate")
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = Field(default="constant", description="as in diffusers")
+    lr_scheduler: LearningRateSchedule = Field(default="constant", description="as in diffusers")
     lr_warmup_steps: FromZero = Field(default=0, description="optimizer steps over which the learning rate rises")
     lr_num_cycles: Few = Field(default=1, description="restarts of cosine_with_restarts")
     lr_power: Positive = Field(default=1.0, description="power of polynomial")

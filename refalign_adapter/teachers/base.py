@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from ..errors import UserError
 from ..grids import Grid, check_grid
-from ..plugins import Plugins, load_path
+from ..plugins import Plugins
 from ._hub import content_digest, encoder_files, local_folder, read_config, read_model, read_processor
 
 GROUP = "refalign_adapter.teachers"
@@ -276,15 +276,7 @@ def find_teacher(name: str, model_type: str) -> type[Teacher]:
 
 
 def _named_class(given: Any) -> type[Teacher]:
-    if isinstance(given, str) and ":" not in given:
-        found = PLUGINS.get(given)  # first: it refuses a name that is a built-in one's too
-        if found is None and given in encoder_files():
-            found = known_teachers()[given]
-        if found is None:
-            known = sorted({*encoder_files(), *(plugin.name for plugin in PLUGINS.found)})
-            raise UserError(f"teacher_class must be one of {known} or package.module:Class, got {given!r}")
-        return found
-    found = load_path(given, "teacher_class") if isinstance(given, str) else given
+    found = PLUGINS.named(given, known_teachers, "teacher_class")
     if not (isinstance(found, type) and issubclass(found, Teacher)):
         shown = repr(given) if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
         raise UserError(f"teacher_class must be a subclass of refalign_adapter.teachers.base.Teacher, got {shown}")

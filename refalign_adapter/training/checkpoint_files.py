@@ -26,7 +26,6 @@ ADAPTER, TRAINING = "adapter", "training"
 STATE, ROWS, CHECKSUMS = "state.json", "rows.json", "checksums.json"
 MAX_ROWS_BYTES = 2**30
 """Of `rows.json`: some 25 million rows."""
-CHUNK = 2**20
 MAX_COUNT = 10**12
 """Steps, batches and passes that a run may count to: far beyond any, and far from where numbers overflow."""
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,11})")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,26 +14,27 @@ from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 
 from ..alignment.objective import Objective
 from ..batch import Batch
 from ..data.cache.dataset import UnreadableRowError
 from ..data.cache.prefetch import read_ahead, workers_told
-from ..errors import ReadError, UserError, WriteError
+from ..errors import ReadError
 from ..files import atomic_folder, remove_leftovers, require_writable_folder, writing
 from ..recipes.file import flat_values, save_recipe
 from ..recipes.schema import Recipe
-from ..signals import stopping_means, tell
-from .bad_steps import Seen, all_finite, listed, look_into, names_of, not_finite
+from ..signals import stopping_means
+from .bad_steps import Seen, all_finite, look_into
 from .checkpoint import averaged_weights, save_checkpoint, save_sidecar
-from .checkpoint_files import ADAPTER, TRAINING, newest_whole, write_sidecar_checksums
+from .checkpoint_files import ADAPTER, TRAINING, write_sidecar_checksums
 from .interrupt import Interrupted, SignalWatch, largest, together
 from .objectives import full_weights, weights_at
 from .resuming import resume, starting_point
 from .run_lock import only_run
 from .samples import Sampler
 from .setup import Run, build_accelerator, build_run, step_seed
+from .telling import newest_checkpoint, tell_left_out, tell_unreadable, why_not, with_what_is_kept
 from .tracking import LossMeter, ProgressBar, RunLog, say
 from .validation import validate
 
@@ -93,7 +93,7 @@ def _train(recipe: Recipe, accelerator: Accelerator, output_dir: Path, objective
         checkpoint = starting_point(recipe, output_dir, partial(say, accelerator))
     set_seed(recipe.seed)
     run = build_run(recipe, accelerator, output_dir, objectives=objectives)
-    with together(accelerator), _kept_told(run):
+    with together(accelerator), with_what_is_kept(run):
         if checkpoint is not None:
             resume(run, checkpoint)
         elif recipe.resume_from_checkpoint:
@@ -106,9 +106,9 @@ def _train(recipe: Recipe, accelerator: Accelerator, output_dir: Path, objective
         log = RunLog(accelerator, output_dir, run.progress.step)
     watchers = _Watchers(log, ProgressBar(accelerator, recipe.max_train_steps, run.progress.step), sampler)
     try:
-        with _kept_told(run, (ReadError, UnreadableRowError)), workers_told("dataloader_num_workers"):
+        with with_what_is_kept(run, (ReadError, UnreadableRowError)), workers_told("dataloader_num_workers"):
             _train_all(run, watchers)
-        _tell_unreadable(run)
+        tell_unreadable(run)
         folder = finish(run)
     finally:
         watchers.bar.close()
@@ -127,45 +127,11 @@ def _let_go(accelerator: Accelerator) -> None:
         time.sleep(LETTING_GO)
 
 
-@contextmanager
-def _kept_told(run: Run, kinds: tuple[type[UserError], ...] = (WriteError,)) -> Iterator[None]:
-    """A line about what cannot be written or read goes on with what is kept and how to go on.
-
-    Args:
-        run: whose checkpoints.
-        kinds: of errors.
-
-    Raises:
-        UserError: the one that was raised, with that at its end.
-    """
-    try:
-        yield
-    except kinds as error:
-        raise type(error)(f"{error}; stopped at step {run.progress.step}, {_what_is_kept(run)}") from error
-
-
-def _what_is_kept(run: Run) -> str:
-    if newest := _newest(run.output_dir):
-        return f"{newest} is whole: then run the same command with resume_from_checkpoint=latest"
-    if run.saved:
-        return f"checkpoint-{run.saved} was whole and is out of reach now: once it is back, resume from it"
-    return "no checkpoint was written yet"
-
-
-def _newest(output_dir: Path) -> str | None:
-    """The name of the newest checkpoint, or None."""
-    try:
-        folder = newest_whole(output_dir)
-    except (UserError, OSError):
-        return None
-    return folder.name if folder else None
-
-
 def _train_all(run: Run, watchers: _Watchers) -> None:
     meter = LossMeter(run.module.logs)
     batches = endless_batches(run)
     if run.progress.step == 0:
-        with together(run.accelerator), _kept_told(run):
+        with together(run.accelerator), with_what_is_kept(run):
             _look(run, watchers, first=True)
     with SignalWatch() as signals:
         while run.progress.step < run.recipe.max_train_steps:
@@ -174,7 +140,7 @@ def _train_all(run: Run, watchers: _Watchers) -> None:
             if values is None:
                 run.progress = before  # batches whose gradients were not used count as not seen
                 _stop(run, signals)
-            with together(run.accelerator), _kept_told(run):
+            with together(run.accelerator), with_what_is_kept(run):
                 watchers.log.write(run.progress.step, values)
             shown = {name: values[name] for name in ("train/loss", "train/flow") if name in values}
             watchers.bar.update(run.progress.step, shown)
@@ -182,7 +148,7 @@ def _train_all(run: Run, watchers: _Watchers) -> None:
                 _save(run)
             if signals.anywhere(run.accelerator):
                 _stop(run, signals)
-            with together(run.accelerator), _kept_told(run):
+            with together(run.accelerator), with_what_is_kept(run):
                 _look(run, watchers)
     if run.progress.skipped:
         say(run.accelerator, f"{run.progress.skipped} steps of this run were skipped, their loss was no number")
@@ -249,7 +215,7 @@ def _conclude(run: Run, fine: bool, seen: Seen) -> None:
     run.progress.skipped += 1
     bad = look_into(run.accelerator, getattr(run.data, "training", None), run.progress.step, seen)
     with together(run.accelerator):
-        say(run.accelerator, run.bad_steps.add(bad, partial(_newest, run.output_dir)))
+        say(run.accelerator, run.bad_steps.add(bad, partial(newest_checkpoint, run.output_dir)))
 
 
 def _clip(run: Run) -> torch.Tensor:
@@ -276,15 +242,6 @@ def endless_batches(run: Run) -> Iterator[Batch]:
         yield batch
 
 
-def _tell_unreadable(run: Run) -> None:
-    """List at the end what went by in the middle."""
-    if found := run.data.unreadable:
-        tell(
-            f"{len(found)} of {len(run.data.training)} rows could not be read and others were taken instead: "
-            f"{', '.join(found)}; run `refalign cache` with this recipe to make them anew"
-        )
-
-
 def _is_due(run: Run, every: int | None) -> bool:
     step = run.progress.step
     return every is not None and (step % every == 0 or step == run.recipe.max_train_steps)
@@ -304,51 +261,13 @@ def _look(run: Run, watchers: _Watchers, first: bool = False) -> None:
                 weights=full_weights(run.trained.objectives),
                 left_out=run.data.left_out,
             )
-        without = _tell_left_out(run)
+        without = tell_left_out(run)
         watchers.log.write(step, {f"validation/{name}": value for name, value in values.items()})
         loss = values["flow"]
-        say(run.accelerator, f"step {step}: validation flow loss {loss:.5f}{without}{_why_not(run, loss)}")
+        say(run.accelerator, f"step {step}: validation flow loss {loss:.5f}{without}{why_not(run, loss)}")
     if watchers.sampler is not None and not first and _is_due(run, recipe.sample_steps):
         with averaged_weights(run.trained):
             watchers.sampler.write(run.output_dir / SAMPLES / f"step-{step}")
-
-
-def _tell_left_out(run: Run) -> str:
-    """Tell which held-out rows could not be read, when they are others than before; returns a note on their number.
-
-    Raises:
-        UnreadableRowError: none could.
-    """
-    dataset, accelerator = run.data.validation, run.accelerator
-    if dataset is None:
-        return ""
-    mine = [run.data.left_out]
-    gathered: list[dict[int, str]] = gather_object(mine) if accelerator.num_processes > 1 else mine
-    left_out = {row: reason for each in gathered for row, reason in sorted(each.items())}
-    count = sum(len(group) for group in run.data.groups)
-    if not left_out:
-        run.left_out_told = ()
-        return ""
-    named = listed(dataset.entries[row].place(dataset.split) for row in left_out)
-    first = next(iter(left_out.values()))
-    line = f"{len(left_out)} of {count} held-out rows cannot be read ({named}); the first: {first}"
-    if len(left_out) == count:
-        raise UnreadableRowError(f"validation: {line}")
-    if run.left_out_told != tuple(left_out):
-        run.left_out_told = tuple(left_out)
-        say(accelerator, f"validation: {line}; the held-out loss is that of the others")
-    return f", of {count - len(left_out)} of {count} rows"
-
-
-def _why_not(run: Run, loss: float) -> str:
-    """The rows behind a held-out loss that is no number; nothing when it is one."""
-    dataset = run.data.validation
-    if math.isfinite(loss) or dataset is None:
-        return ""
-    keys = [dataset.keys[row] for group in run.data.groups for row in group if row not in run.data.left_out]
-    if found := not_finite(dataset, keys):
-        return f": no numbers are in the cache for row {listed(names_of(dataset, found))}; run refalign cache --verify"
-    return f": rows {listed(names_of(dataset, keys))} are fine in the cache; lower learning_rate"
 
 
 def _save(run: Run) -> None:
@@ -357,7 +276,7 @@ def _save(run: Run) -> None:
     Raises:
         WriteError: it cannot be written; the line says what is kept.
     """
-    with together(run.accelerator), _kept_told(run):
+    with together(run.accelerator), with_what_is_kept(run):
         if run.accelerator.is_main_process:
             limit = run.recipe.checkpoints_total_limit
             save_checkpoint(run.output_dir, run.trained, run.progress, run.facts(), limit, run.data.rows)
@@ -388,7 +307,7 @@ def finish(run: Run) -> Path:
             "all steps are done; run the same command with resume_from_checkpoint=latest to write the adapter"
         ),
         together(run.accelerator),
-        _kept_told(run),
+        with_what_is_kept(run),
         averaged_weights(run.trained),
     ):
         if run.accelerator.is_main_process:

@@ -298,16 +298,16 @@ def test_options_tell_every_mistake_at_once(options):
 
 SLOW_RUN = """
 import sys
-from refalign_adapter.data.cache import encode
-from refalign_adapter.data.cache.build import build_cache, cache_dataset
+from refalign_adapter.data.cache import prepare
+from refalign_adapter.data.cache.build import cache_dataset
 from refalign_adapter.data.cache.options import CacheOptions
 import json, time
 
-prepare = encode.RowPreparer.__getitem__
+prepared = prepare.RowPreparer.__getitem__
 def slowly(self, row):
     time.sleep(0.2)
-    return prepare(self, row)
-encode.RowPreparer.__getitem__ = slowly
+    return prepared(self, row)
+prepare.RowPreparer.__getitem__ = slowly
 cache_dataset(CacheOptions(**json.loads(sys.argv[1])))
 """
 

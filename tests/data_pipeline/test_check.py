@@ -14,9 +14,10 @@ import pytest
 import tiny_data
 from PIL import Image
 
-from refalign_adapter.data.cache.encode import Facts, Plan, RowPreparer
+from refalign_adapter.data.cache.facts import Facts
 from refalign_adapter.data.cache.options import CacheOptions
 from refalign_adapter.data.cache.parts import PartStore
+from refalign_adapter.data.cache.prepare import Plan, RowPreparer
 from refalign_adapter.data.cache.targets import Sizes
 from refalign_adapter.data.check.between_rows import CheckedRow, findings_between
 from refalign_adapter.data.check.check import DataCheck, check_data

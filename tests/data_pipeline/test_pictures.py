@@ -5,7 +5,7 @@ import pytest
 import tiny_data
 from PIL import Image
 
-from refalign_adapter.data.cache.encode import Facts, parts_of
+from refalign_adapter.data.cache.facts import Facts, parts_of
 from refalign_adapter.data.sources import pictures
 from refalign_adapter.data.sources.masks import decode_mask, encode_mask, mask_areas, mask_overlaps
 from refalign_adapter.data.sources.pictures import (

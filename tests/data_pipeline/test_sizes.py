@@ -14,8 +14,8 @@ from PIL import Image
 from refalign_adapter.data.cache.buckets import BucketBatchSampler
 from refalign_adapter.data.cache.collate import collate
 from refalign_adapter.data.cache.dataset import open_cache
-from refalign_adapter.data.cache.encode import RowPreparer, plans_of
 from refalign_adapter.data.cache.parts import PartStore
+from refalign_adapter.data.cache.prepare import RowPreparer, plans_of
 from refalign_adapter.data.cache.verify import verify_cache
 from refalign_adapter.data.sources.manifest import load_manifest
 from refalign_adapter.errors import ConfigError
@@ -172,7 +172,7 @@ def test_a_clip_whose_header_promises_more_goes_to_a_shorter_size(mixed, encoder
     options, _ = mixed
     rows = load_manifest(options.train_data)
     lying = VideoFacts(64, 96, 100, 8.0)
-    monkeypatch.setattr("refalign_adapter.data.cache.encode.probe_video", lambda *_, **__: lying)
+    monkeypatch.setattr("refalign_adapter.data.cache.prepare.probe_video", lambda *_, **__: lying)
     preparer = RowPreparer(plans_of(options, encoders), PartStore(Path(options.cache_dir) / "none"))
     assert preparer[rows[2]].size == SIZES[2]
     assert preparer[rows[2]].frames.shape == (5, 32, 48, 3)

@@ -147,12 +147,6 @@ def test_outside_the_interval_the_fully_conditioned_pass_runs_alone(interval, st
     assert all(call[0].weight == 1 for call in plan.unguided)
 
 
-def test_whether_the_negative_prompt_is_needed():
-    assert plan_guidance(7.5, 5.0, references=True).needs_negative
-    assert not plan_guidance(1.0, 5.0, references=True).needs_negative
-    assert not plan_guidance(1.0, 5.0, references=False, batch=True).needs_negative
-
-
 def test_without_references_it_is_diffusers_own_arithmetic():
     negative, text = (prediction.bfloat16() for prediction in list(predictions().values())[:2])
     got = combine([negative, text], guidance_passes(5.3, 1.0, references=False))

@@ -9,8 +9,9 @@ import torch
 from refalign_adapter.data.cache.build import cache_dataset
 from refalign_adapter.data.cache.collate import collate
 from refalign_adapter.data.cache.dataset import open_cache
-from refalign_adapter.data.cache.encode import RowEncoder, RowPreparer, plans_of
+from refalign_adapter.data.cache.encode import RowEncoder
 from refalign_adapter.data.cache.encoders import load_encoders
+from refalign_adapter.data.cache.prepare import RowPreparer, plans_of
 from refalign_adapter.data.sources.manifest import load_manifest
 from refalign_adapter.recipes.cache_options import options_of
 from refalign_adapter.recipes.file import load_recipe

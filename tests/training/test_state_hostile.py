@@ -108,7 +108,7 @@ def test_sections_of_another_kind(run, state, name):
         if name == "run" and isinstance(value, dict):
             continue  # facts of any kind are compared with the recipe's and told
         change(state, **{name: value})
-        refused(state.parents[1], run)
+        assert str(state.parents[1]) in refused(state.parents[1], run), value
 
 
 @pytest.mark.parametrize("name", FIELDS)

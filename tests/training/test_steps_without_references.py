@@ -122,6 +122,8 @@ def test_distributed_training_goes_on_after_batches_without_any(one_process, ada
     model = torch.nn.parallel.DistributedDataParallel(step)  # refuses a step after one that left a parameter out
     for counts, weight in (([0, 0], 1.0), ([1, 2], 1.0), ([0, 0], 0.0), ([0, 1], 0.0), ([0, 1], 1.0)):
         run(model, make_batch(counts), weight=weight).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+        model.zero_grad()
 
 
 @pytest.fixture

@@ -21,15 +21,17 @@ from ...files import require_writable_folder
 from ..sources.manifest import load_manifest, manifest_path, sources_digest
 from ..sources.rows import Row
 from .digests import FileDigests
-from .encode import RowEncoder, RowPreparer, plans_of, provenance_of
+from .encode import RowEncoder
 from .encoders import Encoders, load_encoders
 from .entries import IndexEntry
+from .facts import provenance_of
 from .freshness import RowFiles, write_files
 from .index import FORMAT, listed_targets, write_index, write_meta
 from .lock import filling
 from .options import CacheOptions
 from .parts import PartStore
 from .prefetch import in_workers, workers_told
+from .prepare import RowPreparer, plans_of
 
 Progress = Callable[[int, int, str], None]
 

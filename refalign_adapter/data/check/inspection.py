@@ -20,8 +20,9 @@ from ...hashes import file_digest, hash_of
 from ...media.canvas import NEARLY_WHITE, cut_out, reference_size
 from ...media.sizes import Size, VideoFacts, enlargement, kept_share
 from ...media.video import TooShortError, probe_video
-from ..cache.encode import Digest, at_its_size, read_clip
+from ..cache.facts import Digest
 from ..cache.options import CacheOptions
+from ..cache.prepare import at_its_size, read_clip
 from ..sources.pictures import Picture, draw_reference, open_picture, reference_facts
 from ..sources.rows import Reference, Row
 from .findings import Finding

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from ...errors import UserError
 from ...media.sizes import Size
 from ...media.strips import frame_strip
-from ..cache.encode import draw_canvases, read_clip
 from ..cache.options import CacheOptions
+from ..cache.prepare import draw_canvases, read_clip
 from ..sources.rows import Row
 from .inspection import canvas_of
 
