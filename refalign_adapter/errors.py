@@ -40,6 +40,11 @@ class ConfigError(UserError):
         return type(self), (self.problems, self.source)
 
 
+def one_line(error: BaseException, length: int = 200) -> str:
+    """What an exception says, in one line of at most so many characters; its kind where it says nothing."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 def shorten(value: Any, length: int = 120) -> str:
     """`repr` of a value for a message: cut in the middle when long, in depth and number of items as well.
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, WriteError
+from .errors import UserError, WriteError, one_line
 from .files import ADVICE
 
 PATIENCE = 4.0
@@ -131,7 +131,7 @@ def _reason(error: BaseException, repo_id: str, repo_type: str, revision: str | 
         return answer
     if _is_connection(error):
         return "the Hub cannot be reached, or the connection broke off; try again, downloads go on from what has come"
-    return f"{_one_line(error)}; see {page}"
+    return f"{one_line(error)}; see {page}"
 
 
 def _status(status: int | None, page: str) -> str | None:
@@ -208,7 +208,3 @@ def _cache_folder() -> str:
     from huggingface_hub import constants
 
     return constants.HF_HUB_CACHE
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

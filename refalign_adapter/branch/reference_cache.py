@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import atomic_file
 from ..json_files import parse_json
 from ..tensor_files import save_tensors
@@ -172,7 +172,7 @@ class ReferenceCache:
         except FileNotFoundError:
             raise UserError(f"path: {str(path)!r} does not exist") from None
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(f"path: {str(path)!r} holds no cached references ({reason})") from None
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..data.cache.encoders import Encoders
 from ..data.cache.options import DTYPES, CacheOptions
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..families._base_model import read_base_model
 from ..families._pipeline_folder import PipelineFolder, reading
 from ..families.base import Family
@@ -126,5 +126,5 @@ def _told(recipe: Recipe) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        name, reason = recipe.pretrained_model_name_or_path, " ".join(str(error).split())[:300]
+        name, reason = recipe.pretrained_model_name_or_path, one_line(error, 300)
         raise UserError(f"{FIELD}: cannot read the configs of {name!r} ({reason})") from None

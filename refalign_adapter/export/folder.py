@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import CONFIG_NAME, FORMAT, FORMAT_KEY, PACKAGE, RefAlignConfig, read_values
 from ..config_checks import is_plain
-from ..errors import ConfigError, UserError, shorten
+from ..errors import ConfigError, UserError, one_line, shorten
 from ..files import PICKLE_SUFFIXES
 from ..hub import fetch
 from ..json_files import parse_json
@@ -197,7 +197,7 @@ def _read_header(path: Path, form: WeightsFormat) -> tuple[dict[str, tuple[int, 
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)
     return UserError(f"adapter: {str(path)!r} cannot be loaded ({reason}); it is damaged, fetch or save it again")
 
 

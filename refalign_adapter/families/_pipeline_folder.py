@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import PICKLE_SUFFIXES
 from ..hub import fetch
 from ..json_files import read_json
@@ -135,7 +135,7 @@ class PipelineFolder:
                 with safe_open(folder / name, "pt"):
                     pass
             except (SafetensorError, OSError) as error:
-                reason = " ".join(str(error).split())[:120]
+                reason = one_line(error, 120)
                 raise UserError(
                     f"{opening}: {str(folder / name)!r} is damaged or cut off ({reason}); download the base again"
                 ) from None
@@ -228,5 +228,5 @@ def reading(name: str, field: str, what: str = "a diffusers pipeline") -> Iterat
     except (UserError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # a library may raise anything about a file that is not as it expects
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, 300)
         raise UserError(f"{field}: cannot read {name!r} as {what} ({reason})") from error

@@ -11,7 +11,7 @@ from accelerate import PartialState
 
 from ..branch.attach import fit_config
 from ..data.cache.options import DTYPES
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, UserError, one_line
 from ..export.folder import open_adapter
 from ..families._base_model import read_base_model
 from ..families._pipeline_folder import open_pipeline, reading
@@ -112,7 +112,7 @@ def process_device(options: GenerateOptions) -> tuple[torch.device, PartialState
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: {name!r} cannot be used ({_reason(error)}); take cpu or cuda") from None
+        raise UserError(f"device: {name!r} cannot be used ({one_line(error)}); take cpu or cuda") from None
     if options.offload != "none" and device.type == "cpu":
         raise UserError(f"offload: {options.offload!r} needs a GPU, got device {name!r}; use 'none'")
     state = PartialState(cpu=device.type == "cpu")
@@ -176,7 +176,3 @@ def load_pipeline(options: GenerateOptions, device: torch.device | None = None) 
     if options.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     return pipe
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

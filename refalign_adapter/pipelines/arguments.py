@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, UserError, shorten
+from ..errors import ConfigError, UserError, one_line, shorten
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 COUNTS = ("num_inference_steps", "num_videos_per_prompt", "max_sequence_length")
@@ -124,4 +124,4 @@ def _check_by_stock(pipe: Any, arguments: Mapping[str, Any]) -> None:
     try:
         check(**{name: arguments[name] for name in names if name in arguments})
     except (ValueError, TypeError) as error:
-        raise UserError(" ".join(str(error).split())[:400]) from None
+        raise UserError(one_line(error, 400)) from None

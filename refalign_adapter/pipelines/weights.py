@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..branch.lora import lora_parameters
 from ..branch.lora_scope import dead_layers
 from ..config import CONFIG_NAME
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..export.folder import AdapterFolder
 from ..export.layers import by_name
 from ..families.base import Family
@@ -86,7 +86,7 @@ def load_weights(
     try:
         transformer.load_lora_adapter(dict(state), prefix=None, metadata=folder.lora_fields(), **options)
     except (ValueError, TypeError, RuntimeError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"adapter: {str(folder.weights)!r} cannot be loaded ({reason})") from None
     _keep_precision(transformer, state, adapter_name)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from ..errors import one_line
+
 MAX_DEPTH = 20
 """Of sections and lists in each other; a recipe has four."""
 _TEXT = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp"}
@@ -60,7 +62,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(_reason(error)) from None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
-        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from None  # such as `!!int abc`
+        raise ValueError(one_line(error)) from None  # such as `!!int abc`
 
 
 def _refuse(problem: str, place: Any) -> None:

@@ -16,7 +16,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from ...errors import UserError, shorten
+from ...errors import UserError, one_line, shorten
 from ...hub import fetch
 from ...json_files import parse_json, read_bytes
 from .nesting import ShallowJSON
@@ -179,7 +179,7 @@ def _stream(path: Path) -> Iterator[tuple[int, Any]]:
         for number, row in enumerate(table, 1):
             yield number, {name: value for name, value in row.items() if value not in (None, "")}
     except (OSError, ValueError, KeyError, DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"cannot read {str(path)!r} as {builder} ({reason})") from None
 
 
@@ -207,5 +207,5 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     except (OSError, ValueError, ijson.JSONError) as error:
         if isinstance(error, UserError):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"path: {str(path)!r} is not readable JSON ({reason})") from None

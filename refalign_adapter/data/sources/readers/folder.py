@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ....config import unknown_key
-from ....errors import UserError, shorten
+from ....errors import UserError, one_line, shorten
 from ....json_files import decode_text, parse_json, read_bytes
 from ..locate import escapes, find_file
 from ..rows import PAIRS, Reference, Row
@@ -169,7 +169,7 @@ def _read_caption(path: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"caption is missing, and there is no {str(path)!r}; write one of the two") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"caption: cannot read {str(path)!r} ({reason})") from None
     if not text.strip():
         raise UserError(f"caption: {str(path)!r} is empty")
