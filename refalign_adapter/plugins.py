@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Plugins:
         """All that are installed, by name; none is imported."""
         entries = [(entry, entry.dist) for entry in entry_points(group=self.group)]
         named = [
-            Plugin(entry.name, f"{dist.name} {dist.version}" if dist else "an unknown package", entry)
+            Plugin(entry.name, f"{dist.name} {dist.version}" if dist and dist.name else "an unknown package", entry)
             for entry, dist in entries
         ]
         return tuple(sorted(named, key=lambda plugin: (plugin.name, plugin.package)))
@@ -134,7 +134,7 @@ class Plugins:
         try:
             value = plugin.entry.load()
             problem = self._problem(plugin.name, value)
-        except Exception as error:  # whatever a stranger's module raises
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises
             value, problem = None, f"it cannot be imported: {_reason(error)}"
         if problem is None:
             return value, None
@@ -152,9 +152,9 @@ def load_path(path: str, field: str) -> Any:
     module, _, attribute = path.partition(":")
     try:
         return getattr(import_module(module), attribute)
-    except Exception as error:  # whatever that module raises
+    except (Exception, SystemExit) as error:  # whatever that module raises
         raise UserError(f"{field}: cannot load {path!r} as package.module:attribute ({_reason(error)})") from None
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"

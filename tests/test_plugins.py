@@ -123,6 +123,16 @@ def test_one_that_cannot_be_used_is_one_line_for_who_needs_it(installed, kind):
         assert line.endswith("upgrade or uninstall it")
 
 
+def test_one_that_ends_its_program_ends_nothing_here(installed, tmp_path, monkeypatch):
+    (tmp_path / "leaving.py").write_text("import sys; sys.exit(7)")
+    monkeypatch.syspath_prepend(tmp_path)
+    installed(families={"other": "leaving:FAMILY"})
+    assert "it cannot be imported: SystemExit: 7" in line_of(families.load_family, None, "other")
+    assert "cannot load 'leaving:X' as package.module:attribute (SystemExit: 7)" in line_of(
+        families.load_family, None, "leaving:X"
+    )
+
+
 def test_one_that_fails_does_not_hide_another(installed):
     installed(families={"other": "no_such_module:FAMILY"} | TOY)
     assert families.load_family("ToyTransformer3DModel") is FAMILY

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, one_line
+from ..config_checks import MAX_NAME
+from ..errors import UserError, one_line, shorten
 from ..files import atomic_file
 from ..json_files import parse_json
 from ..tensor_files import save_tensors
@@ -25,6 +27,7 @@ _FIELDS = ("frames", "adapter", "adapter_name")
 _SIZES = ("grid", "canvas")
 _PARTS = ("keys", "values")
 _MOST = 10**6
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -162,13 +165,12 @@ class ReferenceCache:
             blocks = sum(name.startswith("keys.") for name in tensors)
             named: dict[str, Any] = {name: facts[name] for name in _FIELDS}
             named |= {name: tuple(facts[name]) for name in _SIZES if name in facts}
+            _check_tensors(tensors, blocks)
             cache = cls(*_parts(tensors, blocks), tensors.get("mask"), **named)
             if "null_keys.0" not in tensors:
                 return cache
-            null = _parts(tensors, blocks, "null_")
-            if [item.shape for part in null for item in part] != [item.shape for item in cache.keys + cache.values]:
-                raise ValueError("other shapes without references than with them")
-            return dataclasses.replace(cache, null=dataclasses.replace(cache, keys=null[0], values=null[1]))
+            keys, values = _parts(tensors, blocks, "null_")
+            return dataclasses.replace(cache, null=dataclasses.replace(cache, keys=keys, values=values))
         except FileNotFoundError:
             raise UserError(f"path: {str(path)!r} does not exist") from None
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
@@ -186,6 +188,31 @@ def _parts(tensors: dict[str, Tensor], blocks: int, prefix: str = "") -> tuple[t
     return keys, values
 
 
+def _check_tensors(tensors: dict[str, Tensor], blocks: int) -> None:
+    """Refuse what attention would read wrongly or beyond its end.
+
+    Raises:
+        ValueError: other tensors than `save` writes, of other types or shapes, or that are not finite.
+    """
+    own = {f"{part}.{index}" for part in _PARTS for index in range(blocks)}
+    null = {f"null_{name}" for name in own}
+    names = tensors.keys() - {"mask"}
+    if not blocks or names not in (own, own | null):
+        raise ValueError("other tensors than keys and values of every block")
+    shape, dtype = tensors["keys.0"].shape, tensors["keys.0"].dtype
+    if len(shape) != 4 or 0 in shape or dtype not in _TYPES:
+        raise ValueError(f"keys of shape {tuple(shape)} and type {dtype}")
+    for name in sorted(names):
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name} of another shape or type than keys.0")
+        if not all(map(math.isfinite, torch.aminmax(tensor))):
+            raise ValueError(f"{name} holds what is no number")
+    mask = tensors.get("mask")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape[:2] or not mask.any(1).all()):
+        raise ValueError("a mask that does not say of each token whether it is real")
+
+
 def _checked(facts: Any) -> dict[str, Any]:
     """What a file says of its keys and values, by type and range.
 
@@ -194,9 +221,10 @@ def _checked(facts: Any) -> dict[str, Any]:
     """
     if not isinstance(facts, dict) or not (facts.get("frames", 0) is None or _is_size(facts.get("frames"))):
         raise ValueError("no number of frames")
-    others = {name: value for name, value in facts.items() if name not in ("frames", *_SIZES)}
-    if not all(isinstance(value, str | int | None) for value in others.values()):
-        raise ValueError("other facts than it was written with")
+    if unknown := sorted(facts.keys() - {*_FIELDS, *_SIZES}):
+        raise ValueError(f"{shorten(unknown[0])} is no fact of such a file")
+    if not all(isinstance(facts.get(name), str) and len(facts[name]) <= MAX_NAME for name in _FIELDS[1:]):
+        raise ValueError("no name of the adapter that they were made with")
     for size in (facts.get(name, [1, 1]) for name in _SIZES):
         if not isinstance(size, list) or len(size) != 2 or not all(map(_is_size, size)):
             raise ValueError("no rows and columns")

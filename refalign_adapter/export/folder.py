@@ -6,6 +6,7 @@ from the weights' own names; no regular expression in a file is ever run.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,8 @@ def open_adapter(source: str | Path, *, revision: str | None = None, token: str 
 
 def _locate(source: str | Path) -> Path | None:
     """The folder `source`, or None where there is none."""
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(f"adapter: expected a folder or a Hub id, got {shorten(source)}")
     path = Path(source).expanduser()
     try:
         if path.is_file():

@@ -32,6 +32,12 @@ class BaseModel:
         """Latent frames, rows and columns that make one token."""
         return self.family.patch_size(self.transformer)
 
+    def size_multiples(self) -> tuple[int, int, int] | None:
+        """What frames less one, height and width must be multiples of, see `Family.size_multiples`; None without a
+        VAE."""
+        vae = self.component("vae")
+        return None if vae is None else self.family.size_multiples(SimpleNamespace(vae=vae), self.patch_size)
+
     def component(self, name: str) -> Any:
         """One of diffusers' models in it on the "meta" device, such as the VAE; None without one.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -132,16 +131,11 @@ def check_models(options: GenerateOptions) -> Family:
     with reading(options.base, "base"), torch.device("meta"):
         fit_config(base.transformer, adapter.config, base.family)
         check_fits(base.transformer, base.family, adapter)
-    if (vae := base.component("vae")) is not None:
-        _check_size(options, base.family, base.transformer, vae)
+    if (multiples := base.size_multiples()) is not None:
+        size = Size(options.num_frames, options.height, options.width)
+        if problems := list(size_misfits(size, multiples)):
+            raise ConfigError(problems)
     return base.family
-
-
-def _check_size(options: GenerateOptions, family: Family, transformer: Any, vae: Any) -> None:
-    multiples = family.size_multiples(SimpleNamespace(vae=vae), family.patch_size(transformer))
-    size = Size(options.num_frames, options.height, options.width)
-    if problems := list(size_misfits(size, multiples)):
-        raise ConfigError(problems)
 
 
 def load_pipeline(options: GenerateOptions, device: torch.device | None = None) -> Any:

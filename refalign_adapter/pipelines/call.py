@@ -15,7 +15,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from ..branch.reference_cache import ReferenceCache
-from ..errors import UserError
+from ..errors import UserError, shorten
 from .arguments import EMBEDS, check_arguments, count_prompts
 from .base import ReferencePipeline
 from .guidance import ALL_STEPS, check_scales
@@ -89,6 +89,8 @@ class ReferenceCall(ReferencePipeline):
             check_arguments(self, arguments, prompts)
             check_scales(arguments["guidance_scale"], image_guidance_scale, guidance_interval)
             self._check_tensors(arguments, prompts, size)
+            if not isinstance(batch_guidance, bool):
+                raise UserError(f"batch_guidance must be True or False, got {shorten(batch_guidance)}")
             if batch_guidance:
                 _check_lengths(arguments)
             given = self._read_given(reference_images, reference_cache, prompts, size)

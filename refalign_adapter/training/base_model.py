@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..families._base_model import read_base_model
 from ..families._pipeline_folder import open_pipeline, reading
 from ..families.base import Family
+from ..media.canvas import fixed_size_problems
 from ..recipes.schema import Recipe
 from .quantization import check_machine, quantization_config
 
@@ -21,11 +23,15 @@ def read_base(recipe: Recipe) -> tuple[Family, float]:
     The shift is the recipe's, or else that of the base's scheduler.
 
     Raises:
-        UserError: a base that cannot be read, or that no family knows or supports.
+        UserError: a base that cannot be read, that no family knows or supports, or that cannot cut `reference_size`
+            into tokens.
     """
     base = read_base_model(
         recipe.pretrained_model_name_or_path, field=FIELD, revision=recipe.revision, family=recipe.family
     )
+    if recipe.adapter.reference_size and (multiples := base.size_multiples()) is not None:
+        for problem in fixed_size_problems(recipe.adapter.reference_size, multiples[1:]):
+            raise UserError(f"adapter.{problem}")
     return base.family, base.flow_shift() if recipe.flow.shift is None else recipe.flow.shift
 
 

@@ -178,6 +178,7 @@ def test_guidance_follows_what_a_callback_sets(either, scale):
         ({"attention_kwargs": 3}, "attention_kwargs must be a mapping, got int"),
         ({"negative_prompt": 3}, "negative_prompt: expected a text or a list of them, got 3"),
         ({"max_sequence_length": 0}, "max_sequence_length must be a whole number of at least 1, got 0"),
+        ({"batch_guidance": "yes"}, "batch_guidance must be True or False, got 'yes'"),
         ({"callback_on_step_end": 3}, "callback_on_step_end: expected a function, got int"),
     ],
 )
@@ -294,6 +295,12 @@ def test_prompts_can_be_encoded_alone(either):
     wanted, unwanted = stock().encode_prompt("a cat", "ugly", max_sequence_length=16)
     assert torch.equal(embeds, wanted)
     assert torch.equal(negative, unwanted)
+
+
+@pytest.mark.parametrize("source", [None, 3, b"x", ["x"]])
+def test_a_source_that_is_no_path_is_told(source):
+    with pytest.raises(ra.UserError, match="^adapter: expected a folder or a Hub id, got "):
+        ra.load_adapter(stock(), source)
 
 
 def test_a_transformer_alone_is_no_pipeline(adapter):
