@@ -30,7 +30,7 @@ from _report import Bar, machine, print_bars, print_machine, print_table, write_
 from _setting import Setting
 from torch import Tensor
 
-from refalign_adapter.batch import REFERENCE
+from refalign_adapter.batch import EMBEDDING, REFERENCE
 from refalign_adapter.data.cache.digests import SETTLED, FileDigests
 from refalign_adapter.data.cache.freshness import check_fresh, write_files
 from refalign_adapter.data.cache.index import FORMAT, write_meta
@@ -98,7 +98,7 @@ def parts_of(case: training.Case) -> dict[str, Tensor]:
     return {
         "video": batch.latents[0].bfloat16().cpu(),
         "references": batch.references[0].transpose(0, 1)[None].bfloat16().cpu().contiguous(),
-        "text": batch.text[0, :CAPTION].bfloat16().cpu().contiguous(),
+        "text": batch.text[EMBEDDING][0, :CAPTION].bfloat16().cpu().contiguous(),
         "teacher": batch.targets[REFERENCE][training.TEACHER][:1].bfloat16().cpu().contiguous(),
     }
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import refalign_adapter as ra
 from refalign_adapter.alignment.projector import Projectors
 from refalign_adapter.alignment.reference.objective import ReferenceAlignment
-from refalign_adapter.batch import REFERENCE, Batch
+from refalign_adapter.batch import EMBEDDING, REFERENCE, Batch
 from refalign_adapter.branch.attach import ReferenceBranch
 from refalign_adapter.errors import UserError
 from refalign_adapter.recipes.optimizers import find_optimizer
@@ -71,7 +71,7 @@ class Case:
         with torch.autocast(self.setting.device, self.setting.dtype, enabled=low):
             output = self.module(
                 self.batch,
-                self.batch.text[0],
+                {name: text[0] for name, text in self.batch.text.items()},
                 generator=torch.Generator().manual_seed(0),
                 weights={REFERENCE: 1.0},
                 drop_conditions=False,
@@ -101,7 +101,7 @@ def random_batch(setting: Setting, references: Tensor, tokens: Tensor | None) ->
     return Batch(
         keys=[str(index) for index in range(batch)],
         latents=models.random_video(setting),
-        text=models.random_text(setting),
+        text={EMBEDDING: models.random_text(setting)},
         references=references,
         mask=torch.ones(batch, count, dtype=torch.bool, device=device),
         subjects=torch.arange(count, device=device).expand(batch, -1),

@@ -8,12 +8,16 @@ variants, h and w a teacher's grid, T its width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor, device, dtype
 
+EMBEDDING = "encoder_hidden_states"
+"""What diffusers' transformers call the prompt's embeddings. What caches of one tensor of text held was these."""
 REFERENCE = "reference"
 """Name of reference alignment among the objectives. What caches and checkpoints of one objective held was its."""
 
@@ -25,7 +29,7 @@ class CachedSample:
     Attributes:
         key: the row's name, unique in its data set.
         latents: (C, F, H, W) normalised video latents.
-        text: (S, D) prompt embedding; rows past the prompt's last token are zero.
+        text: the transformer's argument -> what the text encoder made of the prompt, such as (S, D) embeddings.
         references: (V, M, C, H', W') normalised reference latents, one latent frame each; M may be 0.
         targets: objective -> teacher id -> what it is to be like. Of `of_references`, (V, M, …): reference alignment's
             are (V, M, h, w, T) features of the reference images on the teacher's own grid; of others one for the row.
@@ -37,7 +41,7 @@ class CachedSample:
 
     key: str
     latents: Tensor
-    text: Tensor
+    text: dict[str, Tensor]
     references: Tensor
     targets: dict[str, dict[str, Tensor]]
     subjects: Tensor
@@ -52,7 +56,7 @@ class Batch:
     Attributes:
         keys: B row names.
         latents: (B, C, F, H, W).
-        text: (B, S, D).
+        text: the transformer's argument -> (B, …), such as (B, S, D) embeddings.
         references: (B, C, M, H', W'); padding is zero; M is 0 where no row has any.
         mask: (B, M) bool, True where a reference is real; real ones come first.
         subjects: (B, M) int64; -1 where padded.
@@ -66,7 +70,7 @@ class Batch:
 
     keys: list[str]
     latents: Tensor
-    text: Tensor
+    text: dict[str, Tensor]
     references: Tensor
     mask: Tensor
     subjects: Tensor
@@ -77,11 +81,11 @@ class Batch:
 
     def to(self, device: device | str, dtype: dtype | None = None) -> Batch:
         """Move all tensors to `device`; floating point ones also to `dtype` when it is given."""
-        move = lambda tensor: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)  # noqa: E731
+        move = partial(moved, device=device, dtype=dtype)
         return dataclasses.replace(
             self,
             latents=move(self.latents),
-            text=move(self.text),
+            text=moved_text(self.text, device, dtype),
             references=move(self.references),
             mask=move(self.mask),
             subjects=move(self.subjects),
@@ -91,6 +95,18 @@ class Batch:
             },
             tokens=None if self.tokens is None else move(self.tokens),
         )
+
+
+def moved(tensor: Tensor, device: device | str | None = None, dtype: dtype | None = None) -> Tensor:
+    """On another device; a floating point one also in another type."""
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def moved_text(
+    text: Mapping[str, Tensor], device: device | str | None = None, dtype: dtype | None = None
+) -> dict[str, Tensor]:
+    """Likewise, of all tensors of a text."""
+    return {name: moved(tensor, device, dtype) for name, tensor in text.items()}
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import refalign_adapter as ra
-from refalign_adapter.families.base import Family
+from refalign_adapter.families.base import Family, Text
 
 F, H, W, S = 3, 4, 6, 5
 MODES = [("joint", "all"), ("isolated", "reference"), ("isolated", "all")]
@@ -40,10 +40,18 @@ class Case:
     def arguments(self, transformer: Any, batch: int = 2, seed: int = 1) -> dict[str, Any]:
         """A call's, the last sample with a shorter prompt."""
         latents = draw(batch, self.family.channels(transformer), F, H, W, seed=seed, dtype=transformer.dtype)
-        text = draw(batch, S, self.family.text_width(transformer), seed=seed + 1, dtype=transformer.dtype)
-        text[-1, S - 2 :] = 0
+        text = self.text(transformer, latents, seed + 1)
         sigmas = torch.linspace(0.3, 0.7, batch, dtype=transformer.dtype)
         return self.family.forward_arguments(transformer, latents, sigmas, text)
+
+    def text(self, transformer: Any, like: Tensor, seed: int = 2) -> Text:
+        """Random, of S tokens; the last sample has two fewer."""
+        text = self.family.no_text(transformer, like, S)
+        for name, zeros in text.items():
+            mask = zeros.dtype == torch.bool
+            text[name] = torch.ones_like(zeros) if mask else draw(*zeros.shape, seed=seed, dtype=zeros.dtype)
+            text[name][-1, S - 2 :] = 0
+        return text
 
     def velocity(self, transformer: Any, arguments: dict[str, Any]) -> Tensor:
         """(B, C, F, H, W)."""

@@ -6,12 +6,14 @@ tokens, D text width, R references in all, L features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..batch import moved_text
 from ..branch.attach import ReferenceBranch
 
 
@@ -19,7 +21,7 @@ from ..branch.attach import ReferenceBranch
 def mean_reference_tokens(
     branch: ReferenceBranch,
     references: Tensor,
-    text: Tensor,
+    text: Mapping[str, Tensor],
     *,
     num_frames: int,
     sigma: float = 1.0,
@@ -33,7 +35,7 @@ def mean_reference_tokens(
     Args:
         branch: the adapter on its transformer.
         references: (B, C, M, H, W) latents; those of one row ride along together.
-        text: (S, D) prompt embedding, the same for all.
+        text: the transformer's argument -> what a prompt gave, such as (S, D) embeddings; the same for all.
         num_frames: F of the noise.
         sigma: timestep that the transformer is told, in [0, 1].
         seed: of the noise.
@@ -44,6 +46,7 @@ def mean_reference_tokens(
     """
     transformer = branch.transformer
     generator = torch.Generator().manual_seed(seed)
+    own = moved_text(text, transformer.device, transformer.dtype)
     training, capture = transformer.training, branch.capture
     transformer.eval()
     branch.capture = True
@@ -53,7 +56,7 @@ def mean_reference_tokens(
             shape = (len(chunk), chunk.shape[1], num_frames, *chunk.shape[-2:])
             noise = torch.randn(shape, generator=generator).to(transformer.device, transformer.dtype)
             sigmas = torch.full((len(chunk),), sigma, device=noise.device)
-            prompts = text.to(noise).expand(len(chunk), -1, -1)
+            prompts = {name: value.expand(len(chunk), *value.shape) for name, value in own.items()}
             with branch.references(chunk.to(noise)):
                 transformer(**branch.family.forward_arguments(transformer, noise, sigmas, prompts))
             for block, tokens in branch.features.items():

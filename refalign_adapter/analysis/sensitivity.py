@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import Batch, CachedSample
+from ..batch import Batch, CachedSample, moved_text
 from ..branch.attach import ReferenceBranch
 from ..data.cache.collate import collate
 from ..errors import UserError
@@ -153,7 +153,7 @@ def _losses(branch: ReferenceBranch, batch: Batch, source: Batch | None, noise: 
     latents = batch.latents.float()
     sigmas = torch.full((len(latents),), sigma, device=latents.device)
     noisy = interpolate(latents, noise, sigmas).to(transformer.dtype)
-    family, text = branch.family, batch.text.to(transformer.dtype)
+    family, text = branch.family, moved_text(batch.text, dtype=transformer.dtype)
     arguments = family.forward_arguments(transformer, noisy, sigmas, text)
     references = (None, None, None) if source is None else (source.references, source.mask, source.tokens)
     if source is None and branch.config.null_reference == "zeros":

@@ -77,7 +77,7 @@ def row_bytes(options: CacheOptions, shapes: SampleShapes, references: int, vari
     sizes = {
         "video": math.prod(shapes.latents) * width + HEADER,
         "references": images * math.prod(shapes.reference) * width + HEADER if images else 0,
-        "text": math.prod(shapes.text) * width + HEADER,
+        "text": sum(tensor.nbytes + HEADER for tensor in shapes.text.values()),
     }
     for objective, targets in shapes.targets.items():
         count = 1 if objective in shapes.of_video else images

@@ -38,7 +38,7 @@ def batch_bytes(setting: Setting) -> int:
     batch = setting.shapes.batch(setting.recipe.train_batch_size, setting.references, "meta")
     tensors = [
         batch.latents,
-        batch.text,
+        *batch.text.values(),
         batch.references,
         *(target for targets in batch.targets.values() for target in targets.values()),
     ]

@@ -45,7 +45,7 @@ class RandomData(TrainingData):
     """
 
     def __init__(self, shapes: SampleShapes, device: torch.device):
-        self.empty_text = torch.zeros(shapes.text, dtype=shapes.dtype, device=device)
+        self.empty_text = {name: tensor[0] for name, tensor in shapes.captions(1, device).items()}
         self._widths = shapes.widths
 
     @property

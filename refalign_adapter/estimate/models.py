@@ -33,7 +33,7 @@ class Models:
     Attributes:
         family, shift: of the base, see `BaseModel`.
         transformer_class, transformer_config: the base's transformer.
-        channels, text_width: of the transformer's latents and of the prompt embeddings it takes.
+        channels: of the transformer's latents.
         encoders: VAE, text encoder and teachers on meta, in the types in which a cache is made.
     """
 
@@ -42,7 +42,6 @@ class Models:
     transformer_class: Any
     transformer_config: dict[str, Any]
     channels: int
-    text_width: int
     encoders: Encoders
 
     def transformer(self, dtype: torch.dtype) -> Any:
@@ -70,7 +69,7 @@ def read_models(recipe: Recipe, options: CacheOptions) -> Models:
     encoders = Encoders(
         base.family,
         SimpleNamespace(vae=vae, text_encoder=text_encoder),
-        base.patch_size,
+        base.transformer,
         {
             target.objective: {name: read_teacher(name, target.layer) for name in target.models}
             for target in options.all_targets
@@ -84,7 +83,6 @@ def read_models(recipe: Recipe, options: CacheOptions) -> Models:
         type(transformer),
         base.folder.config("transformer"),
         base.family.channels(transformer),
-        base.family.text_width(transformer),
         encoders,
     )
 

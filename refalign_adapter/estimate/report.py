@@ -84,7 +84,9 @@ def _disk(estimate: Estimate) -> Iterator[RenderableType]:
     disk, cache, setting = estimate.disk, estimate.disk.cache, estimate.setting
     title = f"Disk, {disk.folder}, " + (f"{cache.rows:,} rows" if cache.rows else "one row")
     parts = [Part(name, size) for name, size in cache.bytes_of.items()]
-    yield from _sizes(title, parts, f"at most, with captions of {setting.shapes.text[0]} tokens", cache.total)
+    yield from _sizes(
+        title, parts, f"at most, with captions of {setting.recipe.adapter.max_sequence_length} tokens", cache.total
+    )
     for name, count in (setting.found.counts if setting.found else {}).items():
         yield f"  {escape(name)}: {count:,} rows"
     free = f"{_gb(disk.free)} are free"

@@ -1,7 +1,7 @@
 """The shapes of cached samples and of training batches, from options and configs.
 
 Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, M references, h and w
-those of a reference, S text tokens, D text width.
+those of a reference.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class SampleShapes:
 
     Attributes:
         latents: (C, F, H, W).
-        text: (S, D).
+        text: the transformer's argument -> shape and type, on "meta", of a caption's tensor (1, …).
         reference: (C, h, w) of one reference.
         targets: objective -> teacher id -> shape of the target of one reference or of the video, its width last.
         of_video: the objectives whose targets are of the video.
         grid: rows and columns of the tokens that the transformer makes of one reference.
-        dtype: of all of them.
+        dtype: of all others.
     """
 
     latents: tuple[int, int, int, int]
-    text: tuple[int, int]
+    text: dict[str, Tensor]
     reference: tuple[int, int, int]
     targets: dict[str, dict[str, tuple[int, ...]]]
     grid: tuple[int, int]
@@ -43,6 +43,16 @@ class SampleShapes:
     def widths(self) -> dict[str, dict[str, int]]:
         """Objective -> teacher id -> width."""
         return {name: {key: shape[-1] for key, shape in shapes.items()} for name, shapes in self.targets.items()}
+
+    def captions(self, samples: int, device: torch.device | str) -> dict[str, Tensor]:
+        """Random captions of full length, as `Batch.text`."""
+        shapes = {name: (samples, *tensor.shape[1:]) for name, tensor in self.text.items()}
+        return {
+            name: torch.ones(shapes[name], dtype=tensor.dtype, device=device)
+            if tensor.dtype == torch.bool
+            else torch.randn(shapes[name], dtype=tensor.dtype, device=device)
+            for name, tensor in self.text.items()
+        }
 
     def batch(self, samples: int, references: int, device: torch.device | str) -> Batch:
         """Random samples with references of different subjects; mask and subjects are on the CPU.
@@ -60,7 +70,7 @@ class SampleShapes:
         return Batch(
             keys=[str(index) for index in range(samples)],
             latents=draw(*self.latents),
-            text=draw(*self.text),
+            text=self.captions(samples, device),
             references=draw(channels, references, *canvas),
             mask=torch.ones(samples, references, dtype=torch.bool),
             subjects=torch.arange(references).repeat(samples, 1),
@@ -93,7 +103,7 @@ def sample_shapes(models: Models, options: CacheOptions) -> SampleShapes:
             options.height // rows * patch_rows,
             options.width // columns * patch_columns,
         ),
-        text=(options.max_sequence_length, models.text_width),
+        text=encoders.texts(options),
         reference=(models.channels, grid[0] * patch_rows, grid[1] * patch_columns),
         targets=encoders.shapes(options),
         grid=grid,

@@ -88,7 +88,7 @@ def simulate_step(
         parameter.grad = torch.empty_like(parameter) if recipe.gradient_accumulation_steps > 1 else None
     with live, _without_masks(step.branch):
         batch = shapes.batch(recipe.train_batch_size, references, device)
-        empty_text = torch.empty(shapes.text, dtype=shapes.dtype, device=device)
+        empty_text = {name: tensor[0] for name, tensor in shapes.captions(1, device).items()}
         with kernels.once():
             weights = {objective.name: 1.0 for objective in step.objectives}
             output = step(batch, empty_text, generator=torch.Generator(), weights=weights, drop_conditions=False)

@@ -6,6 +6,10 @@ passed in Python, or named in a recipe by its dotted path, `package.module:attri
 
 Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, S text tokens, D text
 width.
+
+Text is a dict of tensors (B, …) under the names of the transformer's arguments that hold it (`Family.text_arguments`),
+from the text encoder through cache and batch to the transformer: embeddings (B, S, D), masks (B, S) bool, pooled
+vectors and whatever else a model has; each a floating point or a bool tensor.
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ from diffusers import __version__ as diffusers_version
 from packaging.version import Version
 from torch import Tensor, nn
 
+from ..batch import EMBEDDING
 from ..errors import UserError
 from ..plugins import Plugins
 
+Text = dict[str, Tensor]
 GROUP = "refalign_adapter.families"
 """Of entry points: a family's key -> the object."""
 RENAMED_DTYPE = Version("0.42")
@@ -49,7 +55,7 @@ class Family(ABC):
         max_text_tokens: of a prompt at most; what is longer is cut by the family's own pipeline or was never trained.
         text_first: whether text tokens stand before video tokens where they share an attention.
         video_argument, timestep_argument: names of the transformer's forward arguments for latents and timesteps.
-        text_arguments: names of those that hold what the text encoder made of a prompt.
+        text_arguments: names of those that hold what the text encoder made of a prompt, its embeddings first.
         prompt_arguments: names of the pipeline call's arguments that have a row for each prompt: embeddings, those of
             negative prompts, and what else goes with them, such as masks.
     """
@@ -62,7 +68,7 @@ class Family(ABC):
     text_first: bool = False
     video_argument: str = "hidden_states"
     timestep_argument: str = "timestep"
-    text_arguments: tuple[str, ...] = ("encoder_hidden_states",)
+    text_arguments: tuple[str, ...] = (EMBEDDING,)
     prompt_arguments: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
 
     @abstractmethod
@@ -129,24 +135,25 @@ class Family(ABC):
     def target_modules(self, transformer: Any) -> list[str]:
         """Names of the linear layers that get LoRA by default: ends of names, or whole ones."""
 
+    def no_text(self, transformer: Any, like: Tensor, tokens: int = 1) -> Text:
+        """Text that says nothing, all zeros, for as many samples as `like` (B, …) has, of its type and on its device;
+        masks are bool. `encode_text` makes tensors of these shapes with `max_sequence_length` for `tokens`."""
+        return {self.text_arguments[0]: like.new_zeros(len(like), tokens, self.text_width(transformer))}
+
     @abstractmethod
-    def forward_arguments(self, transformer: Any, latents: Tensor, sigmas: Tensor, text: Tensor) -> dict[str, Any]:
+    def forward_arguments(self, transformer: Any, latents: Tensor, sigmas: Tensor, text: Text) -> dict[str, Any]:
         """Keyword arguments of the transformer, in whatever layout and with whatever else it takes.
 
         Args:
             transformer: the DiT.
             latents: (B, C, F, H, W) noisy ones.
             sigmas: (B,) in [0, 1].
-            text: (B, S, D) as `encode_text` makes it; `text_mask` tells its tokens from padding.
+            text: as `encode_text` makes it, or `no_text`.
         """
 
     def prediction(self, transformer: Any, arguments: Mapping[str, Any], output: Any) -> Tensor:
         """The velocity (B, C, F, H, W) in what the transformer returned when it was called with `arguments`."""
         return output[0] if isinstance(output, tuple) else output.sample
-
-    def text_mask(self, text: Tensor) -> Tensor:
-        """(B, S) bool, True for a prompt's own tokens: rows past them are zero in what `encode_text` makes."""
-        return text.ne(0).any(-1)
 
     def channels(self, transformer: Any) -> int:
         """C, of its latents."""
@@ -170,8 +177,8 @@ class Family(ABC):
             clips: (R, C, 1, h, w), each a clip of one latent frame.
             frames, corner: their places, see `rotary_at`; what that module does need not be done here.
         """
-        text = clips.new_zeros(len(clips), 1, self.text_width(transformer))
-        return self.forward_arguments(transformer, clips, torch.zeros(len(clips), device=clips.device), text)
+        sigmas = torch.zeros(len(clips), device=clips.device)
+        return self.forward_arguments(transformer, clips, sigmas, self.no_text(transformer, clips))
 
     def append_references(
         self, transformer: Any, arguments: dict[str, Any], references: Tensor, *, clean: bool
@@ -255,18 +262,20 @@ class Family(ABC):
         """Images (B, 3, height, width) in [−1, 1] to normalised one-frame latents (B, C, H, W), float32."""
 
     @abstractmethod
-    def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
-        """Prompts to embeddings (B, max_sequence_length, D); rows past a prompt's last token are zero."""
+    def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Text:
+        """Prompts to what the transformer takes of them, padded to `max_sequence_length` tokens each; the shapes are
+        those of `no_text`. Zeros at a tensor's end, such as rows past a prompt's last token, cost a cache nothing."""
 
-    def pipeline_text(self, text: Tensor, negative: Tensor) -> dict[str, Tensor]:
-        """The pipeline call's arguments for prompts and negative ones, (B, S, D) each as `encode_text` makes them."""
-        return {"prompt_embeds": text, "negative_prompt_embeds": negative}
+    def pipeline_text(self, text: Text, negative: Text) -> dict[str, Tensor]:
+        """The pipeline call's arguments for prompts and negative ones, each as `encode_text` makes them."""
+        name = self.text_arguments[0]
+        return {"prompt_embeds": text[name], "negative_prompt_embeds": negative[name]}
 
     def stock_scale(self, arguments: Mapping[str, Any]) -> float:
         """The guidance scale that the pipeline's own loop multiplies by, from the arguments of its call."""
         return arguments["guidance_scale"]
 
-    def negative_arguments(self, encoded: Any) -> dict[str, Tensor] | None:
+    def negative_arguments(self, encoded: Any) -> Text | None:
         """The transformer's text arguments for the negative prompt, from what the pipeline's `encode_prompt` returned;
         None when there is no negative prompt."""
         return None if encoded[1] is None else {self.text_arguments[0]: encoded[1]}

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch import EMBEDDING
 from ..errors import UserError
 from ..flow import TIMESTEPS
-from .base import Family, loading_options
+from .base import Family, Text, loading_options
 
 EXAMPLE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 THETA = 10_000.0
@@ -105,13 +106,8 @@ class WanFamily(Family):
         ]
         return [*attention, "ffn.net.0.proj", "ffn.net.2"]
 
-    def forward_arguments(self, transformer: Any, latents: Tensor, sigmas: Tensor, text: Tensor) -> dict[str, Any]:
-        return {
-            "hidden_states": latents,
-            "timestep": sigmas * TIMESTEPS,
-            "encoder_hidden_states": text,
-            "return_dict": False,
-        }
+    def forward_arguments(self, transformer: Any, latents: Tensor, sigmas: Tensor, text: Text) -> dict[str, Any]:
+        return {"hidden_states": latents, "timestep": sigmas * TIMESTEPS, **text, "return_dict": False}
 
     def reference_timestep(self, timestep: Any, batch: int, tokens: int, references: int, *, clean: bool) -> Tensor:
         of_video = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1).expand(batch, tokens)
@@ -150,7 +146,7 @@ class WanFamily(Family):
         return self.encode_video(pipe, images.unsqueeze(2)).squeeze(2)
 
     @torch.no_grad()
-    def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
+    def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Text:
         if not prompts:
             raise UserError("prompt: expected at least one, got none")
         embeds, _ = pipe.encode_prompt(
@@ -159,7 +155,7 @@ class WanFamily(Family):
             max_sequence_length=max_sequence_length,
             device=pipe.text_encoder.device,  # the pipeline's other parts may be elsewhere
         )
-        return embeds
+        return {EMBEDDING: embeds}
 
     def flow_shift(self, scheduler: Any) -> float:
         config = scheduler.config

@@ -133,7 +133,7 @@ def _is_finite(dataset: CachedDataset, index: int) -> bool:
         return False
     tensors = [
         sample.latents,
-        sample.text,
+        *sample.text.values(),
         sample.references,
         *(target for targets in sample.targets.values() for target in targets.values()),
     ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..alignment.objective import Objective
-from ..batch import Batch, CachedSample
+from ..batch import Batch, CachedSample, moved_text
 from ..data.cache.buckets import BucketBatchSampler
 from ..data.cache.collate import collate
 from ..data.cache.dataset import CachedDataset, UnreadableRowError, open_cache
@@ -36,7 +36,7 @@ class TrainingData:
         validation: held-out rows; None without validation.
         sampler: index lists of one process's training batches.
         groups: index lists of the validation batches, the same on every process.
-        empty_text: (S, D) embedding of the empty prompt, on the process's device.
+        empty_text: see `CacheMeta`, on the process's device.
         workers: processes that read training samples.
         shapes: what rows must have in common to share a batch, one of each training row.
         max_unreadable: share of the training rows that may turn unreadable, in [0, 1].
@@ -48,7 +48,7 @@ class TrainingData:
     validation: CachedDataset | None
     sampler: BucketBatchSampler
     groups: list[list[int]]
-    empty_text: Tensor
+    empty_text: dict[str, Tensor]
     workers: int
     shapes: list[Hashable] = field(default_factory=list)
     max_unreadable: float = 0.0
@@ -229,7 +229,7 @@ def open_data(recipe: Recipe, accelerator: Accelerator, objectives: Sequence[Obj
         validation,
         sampler,
         groups[: recipe.validation_batches],
-        training.meta.empty_text.to(accelerator.device),
+        moved_text(training.meta.empty_text, accelerator.device),
         recipe.dataloader_num_workers,
         shapes,
         recipe.data.max_unreadable,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..batch import moved_text
 from ..data.cache.encoders import Encoders
 from ..errors import UserError
 from ..families._pipeline_folder import reading
@@ -49,9 +50,8 @@ class Sampler:
                 read_image(path, "sample_prompts")
         branch = run.trained.branch
         pipe = _load_encoders(recipe, branch.family, accelerator.mixed_precision == "bf16")
-        patch_size = branch.family.patch_size(branch.transformer)
         size = Size(*(self.arguments[name] for name in ("num_frames", "height", "width")))
-        Encoders(branch.family, pipe, patch_size).check_sizes(options_of(recipe).at(size))
+        Encoders(branch.family, pipe, branch.transformer).check_sizes(options_of(recipe).at(size))
         samples = [sample for _, sample in self.mine]
         self.texts = _encode_prompts(pipe, branch.family, recipe, samples, accelerator.device)
         replaced = {"transformer": branch.transformer, "text_encoder": None, "tokenizer": None}
@@ -127,12 +127,13 @@ def _load_encoders(recipe: Recipe, family: Family, bf16: bool) -> Any:
 def _encode_prompts(
     pipe: Any, family: Family, recipe: Recipe, samples: list[SamplePrompt], device: torch.device
 ) -> list[dict[str, torch.Tensor]]:
-    """The pipeline's text arguments of each sample; each (1, S, D), on the CPU."""
+    """The pipeline's text arguments of each sample; each (1, …), on the CPU."""
     pipe.to(device)
     texts = [*(sample.prompt for sample in samples), recipe.sample.negative_prompt]
-    *embeds, negative = family.encode_text(pipe, texts, recipe.adapter.max_sequence_length).cpu().split(1)
+    encoded = moved_text(family.encode_text(pipe, texts, recipe.adapter.max_sequence_length), "cpu")
     pipe.to("cpu")
-    return [family.pipeline_text(item, negative) for item in embeds]
+    *prompts, negative = ({name: part[i : i + 1] for name, part in encoded.items()} for i in range(len(texts)))
+    return [family.pipeline_text(prompt, negative) for prompt in prompts]
 
 
 def _slug(prompt: str) -> str:

@@ -1,7 +1,6 @@
 """One training step, the whole method on a page: drop conditions, add noise, predict, flow loss, the objectives' sum.
 
-Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, M references, S text
-tokens, D text width.
+Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, M references.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..alignment.objective import Context, Features, Objective, problems_of, zero_of
-from ..batch import Batch, StepOutput
+from ..batch import Batch, StepOutput, moved_text
 from ..branch.attach import ReferenceBranch
 from ..errors import ConfigError
 from ..flow import TimestepSampling, flow_loss, interpolate, sample_sigmas, velocity_target
@@ -44,13 +43,13 @@ class Shown:
     """What the transformer sees of a batch's conditions.
 
     Attributes:
-        text: (B, S, D).
+        text: the transformer's argument -> (B, …).
         references: (B, C, M, H', W') latents.
         mask: (B, M) bool, True where one of them rides along.
         aligned: (B, M) bool, True where it is one of the batch's own, to be aligned.
     """
 
-    text: Tensor
+    text: dict[str, Tensor]
     references: Tensor
     mask: Tensor
     aligned: Tensor
@@ -86,7 +85,7 @@ class TrainingStep(nn.Module):
     def forward(
         self,
         batch: Batch,
-        empty_text: Tensor,
+        empty_text: Mapping[str, Tensor],
         *,
         generator: torch.Generator,
         weights: Mapping[str, float],
@@ -98,7 +97,7 @@ class TrainingStep(nn.Module):
 
         Args:
             batch: see `Batch`.
-            empty_text: (S, D) embedding of the empty prompt.
+            empty_text: the transformer's argument -> what the empty prompt gave, without B.
             generator: a CPU generator; all of the step's randomness comes from it.
             weights: objective -> its weight in this step; one of 0 or that is not here is left out.
             drop_conditions: whether text and references are dropped at random (training) or kept (validation).
@@ -119,7 +118,7 @@ class TrainingStep(nn.Module):
         dtype = self.transformer.dtype
         family = self.branch.family
         noisy = interpolate(latents, noise, sigmas).to(dtype)
-        arguments = family.forward_arguments(self.transformer, noisy, sigmas, shown.text.to(dtype))
+        arguments = family.forward_arguments(self.transformer, noisy, sigmas, moved_text(shown.text, dtype=dtype))
         weighing = [objective for objective in self.objectives if weights.get(objective.name, 0.0) > 0]
         self.branch.capture = any(objective.taps.reference for objective in weighing)
         with (
@@ -171,7 +170,7 @@ class TrainingStep(nn.Module):
         reached = prediction.requires_grad and self.branch.config.lora_scope != "reference"
         return [] if features.reference or reached else [parameter for _, parameter in self.branch.named_parameters()]
 
-    def _drop_conditions(self, batch: Batch, empty_text: Tensor, generator: torch.Generator) -> Shown:
+    def _drop_conditions(self, batch: Batch, empty_text: Mapping[str, Tensor], generator: torch.Generator) -> Shown:
         """Dropped prompts are replaced by the empty one, dropped references by what the adapter has in their place."""
         options = self.options
         draw = torch.rand(len(batch.keys), generator=generator).to(batch.mask.device)
@@ -179,7 +178,7 @@ class TrainingStep(nn.Module):
         only_references = ~only_text & (draw < options.text_dropout + options.reference_dropout)
         none = ~only_text & ~only_references
         both = none & (draw < options.text_dropout + options.reference_dropout + options.both_dropout)
-        text = torch.where((only_text | both)[:, None, None], empty_text.to(batch.text), batch.text)
+        text = {name: _replaced(own, only_text | both, empty_text[name]) for name, own in batch.text.items()}
         dropped = only_references | both
         kept = batch.mask & ~dropped[:, None]
         if self.branch.config.null_reference == "absent":
@@ -198,3 +197,8 @@ class TrainingStep(nn.Module):
             logit_std=options.logit_std,
             generator=generator,
         )
+
+
+def _replaced(tensor: Tensor, rows: Tensor, value: Tensor) -> Tensor:
+    """(B, …) with `value` in the rows (B,) that are True."""
+    return torch.where(rows.view(-1, *[1] * value.ndim), value.to(tensor), tensor)

@@ -42,7 +42,7 @@ def validate(
     module: TrainingStep,
     load: Callable[[int], Batch | None],
     groups: Sequence[Sequence[int]],
-    empty_text: torch.Tensor,
+    empty_text: Mapping[str, torch.Tensor],
     accelerator: Accelerator,
     *,
     weights: Mapping[str, float],
@@ -54,7 +54,7 @@ def validate(
         module: the training step, not wrapped for several processes.
         load: gives the batch of an index; None where none of its rows can be read.
         groups: numbers of the held-out rows in each batch, the same on every process.
-        empty_text: (S, D) embedding of the empty prompt.
+        empty_text: see `TrainingStep.forward`.
         accelerator: its device; sums over its processes.
         weights: objective -> its weight in the loss that is told; one of 0 is left out.
         left_out: numbers of the rows that are not in their batch, once `load` has given it.

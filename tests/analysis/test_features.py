@@ -7,6 +7,7 @@ from tiny_models import tiny_transformer
 
 from refalign_adapter import RefAlignConfig, attach
 from refalign_adapter.analysis.features import mean_reference_tokens, project, separability
+from refalign_adapter.batch import EMBEDDING
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def test_mean_tokens_are_those_of_a_plain_call(branch):
     generator = torch.Generator().manual_seed(0)
     references = torch.randn(3, 16, 2, 4, 4, generator=generator)
     text = torch.randn(5, 32, generator=generator)
-    found = mean_reference_tokens(branch, references, text, num_frames=2, sigma=0.7, seed=5, batch_size=3)
+    found = mean_reference_tokens(branch, references, {EMBEDDING: text}, num_frames=2, sigma=0.7, seed=5, batch_size=3)
     noise = torch.randn(3, 16, 2, 4, 4, generator=torch.Generator().manual_seed(5))
     branch.capture = True
     with torch.no_grad(), branch.references(references):
@@ -31,7 +32,9 @@ def test_mean_tokens_are_those_of_a_plain_call(branch):
 
 def test_leaves_capture_and_mode_as_they_were(branch):
     branch.transformer.train()
-    mean_reference_tokens(branch, torch.randn(2, 16, 1, 4, 4), torch.randn(5, 32), num_frames=1, batch_size=1)
+    mean_reference_tokens(
+        branch, torch.randn(2, 16, 1, 4, 4), {EMBEDDING: torch.randn(5, 32)}, num_frames=1, batch_size=1
+    )
     assert not branch.capture
     assert branch.features == {}
     assert branch.transformer.training

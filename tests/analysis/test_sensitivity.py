@@ -9,14 +9,16 @@ from tiny_models import tiny_transformer
 
 from refalign_adapter import RefAlignConfig, UserError, attach
 from refalign_adapter.analysis.sensitivity import paired_p_value, reference_sensitivity
-from refalign_adapter.batch import CachedSample
+from refalign_adapter.batch import EMBEDDING, CachedSample
 
 
 def make_samples(counts: list[int], shape: tuple[int, ...] = (16, 2, 4, 4), seed: int = 0) -> list[CachedSample]:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
     return [
-        CachedSample(str(index), draw(*shape), draw(5, 32), draw(2, count, 16, 4, 4), {}, torch.arange(count))
+        CachedSample(
+            str(index), draw(*shape), {EMBEDDING: draw(5, 32)}, draw(2, count, 16, 4, 4), {}, torch.arange(count)
+        )
         for index, count in enumerate(counts)
     ]
 
@@ -40,7 +42,7 @@ def naive_loss(branch, sample: CachedSample, references, row: int, sigmas, seed:
         stacked = None if references is None else references.transpose(0, 1)[None]
         with torch.no_grad(), branch.references(stacked):
             prediction = branch.transformer(
-                noisy[None], torch.tensor([1000.0 * sigma]), sample.text[None], return_dict=False
+                noisy[None], torch.tensor([1000.0 * sigma]), sample.text[EMBEDDING][None], return_dict=False
             )[0]
         total += (prediction[0] - (noise - sample.latents)).square().mean().item()
     return total / len(sigmas)

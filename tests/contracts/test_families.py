@@ -87,8 +87,16 @@ def test_the_geometry_is_consistent(case, pipe):
     assert images.shape == (1, latents.shape[1], *latents.shape[3:])
     torch.testing.assert_close(images, latents[:, :, 0], atol=1e-4, rtol=1e-4)  # the first frame stands alone in time
     text = family.encode_text(pipe, ["a dog"], 12)
-    assert text.shape == (1, 12, family.text_width(transformer))
-    assert family.text_mask(text).tolist() == [[True] * 6 + [False] * 6]  # a byte a token, and one for the end
+    like = family.no_text(transformer, torch.zeros(1), 12)
+    assert tuple(text) == tuple(like) == family.text_arguments
+    assert {name: (part.shape, part.dtype) for name, part in text.items()} == {
+        name: (part.shape, part.dtype) for name, part in like.items()
+    }
+    embeds = text[family.text_arguments[0]]
+    assert embeds.shape == (1, 12, family.text_width(transformer))
+    assert embeds.ne(0).any(-1).tolist() == [[True] * 6 + [False] * 6]  # a byte a token, and one for the end
+    masks = [part for part in text.values() if part.dtype == torch.bool]
+    assert all(mask.tolist() == [[True] * 6 + [False] * 6] for mask in masks)
     seen, blocks = [], family.blocks(transformer)
     handles = [
         block.register_forward_hook(lambda _, __, output: seen.append(family.block_tokens(output).shape))
@@ -139,7 +147,7 @@ def calls_of(module, run):
 
 
 def forward(family, transformer, latents):
-    text = torch.zeros(len(latents), 3, family.text_width(transformer), dtype=latents.dtype)
+    text = family.no_text(transformer, latents, 3)
     arguments = family.forward_arguments(transformer, latents, torch.full((len(latents),), 0.5), text)
     return lambda: transformer(**arguments)
 
@@ -264,7 +272,8 @@ def test_references_have_the_same_first_keys_alone_and_in_the_videos_sequence(ca
     branch.detach()
     joint, branch = case.attached("joint", "all")
     arguments, seen = case.arguments(joint), []
-    zero = case.family.forward_arguments(joint, draw(2, 16, F, H, W), torch.zeros(2), torch.zeros(2, 1, 32))
+    latents = draw(2, 16, F, H, W)
+    zero = case.family.forward_arguments(joint, latents, torch.zeros(2), case.family.no_text(joint, latents))
     arguments[case.family.timestep_argument] = zero[case.family.timestep_argument]
 
     def attend(query, key, *parts, **options):
@@ -466,7 +475,7 @@ def trained_adapter(case, mode, folder):
     projectors = Projectors(branch.align_blocks, family.hidden_size(transformer), {"teacher": 10}, generator)
     step = TrainingStep(branch, [ReferenceAlignment(projectors)], StepOptions())
     optimizer = torch.optim.AdamW([item for item in step.parameters() if item.requires_grad], lr=1e-2)
-    empty, losses = family.encode_text(pipe, [""], 16)[0], []
+    empty, losses = {name: part[0] for name, part in family.encode_text(pipe, [""], 16).items()}, []
     for _ in range(8):
         options = {"sigmas": torch.tensor([0.4, 0.8]), "noise": draw(*batch.latents.shape, seed=3)}
         output = step(batch, empty, generator=generator, weights={REFERENCE: 0.5}, drop_conditions=False, **options)
@@ -484,7 +493,7 @@ def test_a_trained_adapter_is_loaded_and_generates_by_the_formula(case, mode, tm
     pipe = ra.load_adapter(case.pipeline(), folder, family=case.family)
     pipe.set_progress_bar_config(disable=True)
     family, transformer = case.family, pipe.transformer
-    text, negative = family.encode_text(pipe, ["a cat", "ugly"], 16).split(1)
+    text, negative = (family.encode_text(pipe, [prompt], 16) for prompt in ("a cat", "ugly"))
     x = draw(1, 16, 2, 4, 6, seed=4)
 
     def arguments(x, sigma, text):

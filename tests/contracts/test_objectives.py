@@ -7,7 +7,7 @@ from toy_objective import TEACHER, Toy
 from refalign_adapter.alignment.objective import NAME, Context, Features, problems_of, zero_of
 from refalign_adapter.alignment.projector import Projectors
 from refalign_adapter.alignment.reference.objective import ReferenceAlignment, ReferenceOptions
-from refalign_adapter.batch import Batch
+from refalign_adapter.batch import EMBEDDING, Batch
 
 B, M, GRID, VIDEO, DIM, BLOCKS = 3, 2, (3, 4), (2, 3, 4), 48, 3
 
@@ -34,7 +34,7 @@ def case(request):
     batch = Batch(
         ["a", "b", "c"],
         random(B, 16, 2, 6, 8),
-        random(B, 5, 32),
+        {EMBEDDING: random(B, 5, 32)},
         random(B, 16, M, 6, 8),
         torch.tensor([[True, True], [True, False], [False, False]]),
         torch.tensor([[0, 1], [0, -1], [-1, -1]]),

@@ -18,6 +18,7 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
+from refalign_adapter.batch import EMBEDDING
 from refalign_adapter.data.cache.build import build_cache, cache_dataset
 from refalign_adapter.data.cache.digests import DIGESTS_NAME
 from refalign_adapter.data.cache.encoders import Encoders, load_encoders
@@ -65,9 +66,9 @@ def test_parts_are_what_the_encoders_give(cached, encoders):
         assert entry.shape == tuple(latents.shape) == (16, 2, 4, 6)
         assert torch.equal(store.read("video", entry.parts.video), latents.bfloat16())
 
-        text = family.encode_text(pipe, [row.caption], 24)[0]
+        text = family.encode_text(pipe, [row.caption], 24)[EMBEDDING][0]
         tokens = min(24, len(row.caption.encode()) + 1)
-        assert torch.equal(store.read("text", entry.parts.text), text[:tokens].bfloat16())
+        assert torch.equal(store.read("text", entry.parts.text[EMBEDDING]), text[:tokens].bfloat16())
         assert text[tokens:].abs().sum() == 0
 
         references = store.read("references", entry.parts.references)
@@ -209,7 +210,7 @@ def test_a_damaged_part_is_made_again(cached, encoders, build_options, tmp_path)
     before = contents(options.cache_dir)
     store = PartStore(options.cache_dir)
     os.truncate(store.path("video", entry.parts.video), 300)
-    store.path("text", entry.parts.text).write_bytes(b"")
+    store.path("text", entry.parts.text[EMBEDDING]).write_bytes(b"")
     assert dict(build_options(options, encoders).made) == {"video": 1, "text": 1}
     assert contents(options.cache_dir) == before
 
@@ -366,7 +367,9 @@ def test_captions_and_clips_are_encoded_one_after_the_other(options, encoders, b
     moves = []
     made = {name: Placed(name, moves) for name in ("text_encoder", "vae", "teacher")}
     pipe = SimpleNamespace(text_encoder=made["text_encoder"], vae=made["vae"], tokenizer=object())
-    shared = Encoders(encoders.family, pipe, encoders.patch_size, {"reference": {"t": made["teacher"]}}, device="cuda")
+    shared = Encoders(
+        encoders.family, pipe, encoders.transformer, {"reference": {"t": made["teacher"]}}, device="cuda"
+    )
     for kind in ("text", "text", "images", "images"):
         shared.use(kind)
     assert moves == [

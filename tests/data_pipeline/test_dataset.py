@@ -9,7 +9,7 @@ import pytest
 import tiny_data
 import torch
 
-from refalign_adapter.batch import CachedSample
+from refalign_adapter.batch import EMBEDDING, CachedSample
 from refalign_adapter.data.cache.collate import collate
 from refalign_adapter.data.cache.dataset import CachedDataset, open_cache
 from refalign_adapter.data.cache.options import DTYPES
@@ -25,18 +25,18 @@ def test_samples_have_the_documented_shapes_and_need_no_encoder(cached, tmp_path
     assert dataset.shapes == [(16, 2, 4, 6)] * 4
     assert dataset.meta.widths == {"reference": {teacher: 24}}
     assert dataset.meta.max_sequence_length == 24
-    assert dataset.meta.empty_text.shape == (24, 32)
-    assert dataset.meta.empty_text[1:].abs().sum() == 0
+    assert dataset.meta.empty_text[EMBEDDING].shape == (24, 32)
+    assert dataset.meta.empty_text[EMBEDDING][1:].abs().sum() == 0
     assert len(set(dataset.keys)) == len(dataset) == 4
     for index, sample in enumerate(dataset[index] for index in range(4)):
         count, variants = index % 3 + 1, index % 2 + 1
         assert sample.key == dataset.keys[index]
         assert sample.latents.shape == (16, 2, 4, 6)
-        assert sample.text.shape == (24, 32)
+        assert sample.text[EMBEDDING].shape == (24, 32)
         assert sample.references.shape == (variants, count, 16, 4, 6)
         assert sample.targets["reference"][teacher].shape == (variants, count, 2, 3, 24)
         assert sample.subjects.tolist() == [0, 1, 1][:count]
-        assert {sample.latents.dtype, sample.text.dtype, sample.references.dtype} == {torch.bfloat16}
+        assert {sample.latents.dtype, sample.text[EMBEDDING].dtype, sample.references.dtype} == {torch.bfloat16}
 
 
 def test_rows_choose_and_order(cached):
@@ -136,7 +136,7 @@ def sample(key, count, variants, subjects=None, tokens=False):
     return CachedSample(
         key=key,
         latents=draw(2, 3, 4, 5),
-        text=draw(6, 7),
+        text={EMBEDDING: draw(6, 7)},
         references=draw(variants, count, 2, 4, 5),
         targets={"reference": {"one": draw(variants, count, 2, 3, 8), "two": draw(variants, count, 1, 1, 4)}},
         subjects=torch.tensor(subjects or range(count)),
@@ -152,7 +152,7 @@ def test_collate_pads_references_at_the_end_and_picks_variants():
     assert batch.subjects.tolist() == [[0, -1, -1], [0, 1, 0]]
     assert batch.subjects.dtype == torch.int64
     assert torch.equal(batch.latents, torch.stack([item.latents for item in samples]))
-    assert torch.equal(batch.text, torch.stack([item.text for item in samples]))
+    assert torch.equal(batch.text[EMBEDDING], torch.stack([item.text[EMBEDDING] for item in samples]))
     assert batch.references.shape == (2, 2, 3, 4, 5)
     assert torch.equal(batch.references[0, :, 0], samples[0].references[5 % 3, 0])
     assert batch.references[0, :, 1:].abs().sum() == 0
@@ -188,6 +188,6 @@ def test_the_storage_precision_bounds_the_error(cached, encoders, build_options,
     epsilon = torch.finfo(DTYPES[dtype]).eps
     for index in range(4):
         one, other = CachedDataset(exact)[index], CachedDataset(stored)[index]
-        for name in ("latents", "text", "references"):
-            difference = (getattr(one, name) - getattr(other, name).float()).abs()
-            assert (difference <= epsilon * getattr(one, name).abs() + 1e-6).all()
+        pairs = [(getattr(one, name), getattr(other, name)) for name in ("latents", "references")]
+        for precise, rounded in [*pairs, (one.text[EMBEDDING], other.text[EMBEDDING])]:
+            assert ((precise - rounded.float()).abs() <= epsilon * precise.abs() + 1e-6).all()

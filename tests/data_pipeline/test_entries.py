@@ -6,6 +6,7 @@ import shutil
 import pytest
 from seals import seal, unseal
 
+from refalign_adapter.batch import EMBEDDING
 from refalign_adapter.data.cache.dataset import CachedDataset
 from refalign_adapter.data.cache.entries import IndexEntry, RowParts, entry_of, line_of
 from refalign_adapter.data.cache.index import listed_targets
@@ -28,18 +29,19 @@ def test_a_line_of_before_is_read_and_written_as_it_was():
 
 
 def test_what_came_later_stands_in_a_line_where_there_is_any():
-    parts = RowParts(KEYS[1], None, KEYS[3], {"toy": {"colour": KEYS[4]}})
+    text = {EMBEDDING: KEYS[3], "encoder_attention_mask": KEYS[5]}
+    parts = RowParts(KEYS[1], None, text, {"toy": {"colour": KEYS[4]}})
     entry = IndexEntry(KEYS[0], "a.mp4", 1, parts, (16, 2, 4, 6), 1, ())
     line = json.loads(json.dumps(line_of(entry)))
     assert line["parts"] == {
         "video": KEYS[1],
         "references": None,
-        "text": KEYS[3],
+        "text": text,
         "teachers": {},
         "targets": {"toy": {"colour": KEYS[4]}},
     }
     assert entry_of(line) == entry
-    assert parts.files() == [("video", KEYS[1]), ("text", KEYS[3]), ("target_toy", KEYS[4])]
+    assert parts.files() == [("video", KEYS[1]), ("text", KEYS[3]), ("text", KEYS[5]), ("target_toy", KEYS[4])]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,11 @@ def test_what_came_later_stands_in_a_line_where_there_is_any():
     [
         {"video": None},
         {"text": None},
+        {"text": {}},
+        {"text": {"encoder_hidden_states": "../../etc"}},
+        {"text": {"../up": KEYS[3]}},
+        {"text": {"m" * 2000: KEYS[3]}},
+        {"text": [KEYS[3]]},
         {"references": None},
         {"teachers": ["dino"]},
         {"teachers": {"dino": "../../etc"}},

@@ -136,15 +136,19 @@ def test_an_entry_with_subjects_and_no_references_is_damaged(cached, tmp_path):
 
 
 def test_the_estimate_counts_no_files_for_them(options):
+    text = {
+        "encoder_hidden_states": torch.empty(1, 24, 32, dtype=torch.bfloat16, device="meta"),
+        "encoder_attention_mask": torch.empty(1, 24, dtype=torch.bool, device="meta"),
+    }
     shapes = SampleShapes(
-        (16, 2, 4, 6), (24, 32), (16, 4, 6), {"reference": {"t": (2, 3, 8)}, "toy": {"t": (2, 3)}}, (2, 3),
+        (16, 2, 4, 6), text, (16, 4, 6), {"reference": {"t": (2, 3, 8)}, "toy": {"t": (2, 3)}}, (2, 3),
         torch.bfloat16, of_video=("toy",),
     )  # fmt: skip
     sizes = row_bytes(replace(options, drop_background=True), shapes, 0, 1)
     assert sizes == {
         "video": 16 * 2 * 4 * 6 * 2 + HEADER,
         "references": 0,
-        "text": 24 * 32 * 2 + HEADER,
+        "text": 24 * 32 * 2 + 24 + 2 * HEADER,
         "teacher": 0,
         "target_toy": 6 * 2 + HEADER,
     }

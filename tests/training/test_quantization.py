@@ -11,7 +11,7 @@ from torch import nn
 
 from refalign_adapter.alignment.projector import Projectors
 from refalign_adapter.alignment.reference.objective import ReferenceAlignment
-from refalign_adapter.batch import Batch
+from refalign_adapter.batch import EMBEDDING, Batch
 from refalign_adapter.branch.attach import attach
 from refalign_adapter.errors import ConfigError, UserError
 from refalign_adapter.families.base import load_family
@@ -54,7 +54,7 @@ def make_batch():
     return Batch(
         keys=["a", "b"],
         latents=draw(2, 16, 2, 4, 6),
-        text=draw(2, 5, 64),
+        text={EMBEDDING: draw(2, 5, 64)},
         references=draw(2, 16, 2, 4, 6),
         mask=torch.tensor([[True, True], [True, False]]),
         subjects=torch.tensor([[0, 1], [0, -1]]),

@@ -9,7 +9,7 @@ from tiny_models import tiny_transformer
 import refalign_adapter as ra
 from refalign_adapter.alignment.projector import Projectors
 from refalign_adapter.alignment.reference.objective import ReferenceAlignment, ReferenceOptions
-from refalign_adapter.batch import REFERENCE, Batch
+from refalign_adapter.batch import EMBEDDING, REFERENCE, Batch
 from refalign_adapter.training.step import StepOptions, TrainingStep
 
 TEACHERS = {"first": 10, "second": 6}
@@ -49,7 +49,7 @@ def make_batch(size=2, references=2, grid=(3, 4), canvas=(6, 8)):
     return Batch(
         keys=[f"row {i}" for i in range(size)],
         latents=draw(size, 16, 2, 6, 8),
-        text=draw(size, 5, 32),
+        text={EMBEDDING: draw(size, 5, 32)},
         references=draw(size, 16, references, *canvas),
         mask=mask,
         subjects=torch.arange(references).repeat(size, 1),
@@ -57,7 +57,7 @@ def make_batch(size=2, references=2, grid=(3, 4), canvas=(6, 8)):
     )
 
 
-EMPTY_TEXT = torch.zeros(5, 32)
+EMPTY_TEXT = {EMBEDDING: torch.zeros(5, 32)}
 
 
 def run(step, batch, seed=0, weight=1.0, **options):
@@ -71,7 +71,7 @@ def by_hand(step, batch, sigmas, noise):
     noisy = (1 - shaped) * batch.latents + shaped * noise
     step.branch.capture = True
     with step.branch.references(batch.references, batch.mask, tokens=batch.tokens):
-        prediction = step.transformer(noisy, 1000 * sigmas, batch.text).sample
+        prediction = step.transformer(noisy, 1000 * sigmas, batch.text[EMBEDDING]).sample
     return prediction, step.branch.features
 
 
@@ -156,7 +156,9 @@ def test_the_gate_multiplies_each_samples_term_by_sigma_to_the_power(economical)
     for i in range(2):
         one = Batch(
             [batch.keys[i]],
-            *(getattr(batch, name)[i : i + 1] for name in ("latents", "text", "references", "mask", "subjects")),
+            batch.latents[i : i + 1],
+            {EMBEDDING: batch.text[EMBEDDING][i : i + 1]},
+            *(getattr(batch, name)[i : i + 1] for name in ("references", "mask", "subjects")),
             targets={REFERENCE: {name: features[i : i + 1] for name, features in batch.targets[REFERENCE].items()}},
             tokens=None if batch.tokens is None else batch.tokens[i : i + 1],
         )
@@ -259,11 +261,10 @@ def test_conditions_are_dropped_at_the_shares_asked_for():
     step = build_step(text_dropout=0.2, reference_dropout=0.3, both_dropout=0.1)
     size = 2000
     batch = make_batch(2)
-    many = Batch(
-        [""] * size, *(torch.ones(size, 1, 1) for _ in range(3)), torch.ones(size, 2).bool(), batch.subjects, {}
-    )
-    shown = step._drop_conditions(many, torch.zeros(1, 1), torch.Generator().manual_seed(0))
-    text, mask = shown.text, shown.mask
+    ones = torch.ones(size, 1, 1)
+    many = Batch([""] * size, ones, {EMBEDDING: ones}, ones, torch.ones(size, 2).bool(), batch.subjects, {})
+    shown = step._drop_conditions(many, {EMBEDDING: torch.zeros(1, 1)}, torch.Generator().manual_seed(0))
+    text, mask = shown.text[EMBEDDING], shown.mask
     assert shown.aligned is shown.mask
     no_text, no_references = (text == 0).flatten(), ~mask.any(1)
     assert (no_text & ~no_references).float().mean().item() == pytest.approx(0.2, abs=0.03)

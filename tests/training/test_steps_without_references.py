@@ -11,7 +11,7 @@ from tiny_models import tiny_transformer
 import refalign_adapter as ra
 from refalign_adapter.alignment.projector import Projectors
 from refalign_adapter.alignment.reference.objective import ReferenceAlignment
-from refalign_adapter.batch import REFERENCE, Batch
+from refalign_adapter.batch import EMBEDDING, REFERENCE, Batch
 from refalign_adapter.data.cache.build import cache_dataset
 from refalign_adapter.data.cache.dataset import open_cache
 from refalign_adapter.recipes.cache_options import options_of
@@ -27,7 +27,7 @@ ADAPTERS = {
     "isolated, all": {"attention": "isolated"},
     "isolated, zeros": {"attention": "isolated", "lora_scope": "reference", "null_reference": "zeros"},
 }
-EMPTY_TEXT = torch.zeros(5, 32)
+EMPTY_TEXT = {EMBEDDING: torch.zeros(5, 32)}
 
 
 def build_step(adapter, checkpointing=False):
@@ -52,7 +52,7 @@ def make_batch(counts):
     return Batch(
         [str(place) for place in range(len(counts))],
         draw(len(counts), 16, 2, 6, 8),
-        draw(len(counts), 5, 32),
+        {EMBEDDING: draw(len(counts), 5, 32)},
         (draw(len(counts), most, 16, 6, 8) * shown).transpose(1, 2),
         mask,
         torch.arange(most).expand(len(counts), -1),
@@ -72,7 +72,7 @@ def test_a_batch_without_any_is_text_to_video_with_zero_gradients_where_nothing_
     output = run(step, batch, sigmas=sigmas, noise=noise)
     shaped = sigmas.view(-1, 1, 1, 1, 1)
     noisy = (1 - shaped) * batch.latents + shaped * noise
-    prediction = step.transformer(noisy, 1000 * sigmas, batch.text).sample
+    prediction = step.transformer(noisy, 1000 * sigmas, batch.text[EMBEDDING]).sample
     flow = (prediction - (noise - batch.latents)).square().mean()
     torch.testing.assert_close(output.flow, flow.detach())
     assert output.loss.item() == output.flow.item()
@@ -94,7 +94,8 @@ def test_beside_others_a_row_gives_what_it_gives_alone(adapter):
         targets = batch.targets[REFERENCE]["one"][row : row + 1, :count]
         one = Batch(
             [str(row)],
-            *(getattr(batch, name)[row : row + 1] for name in ("latents", "text")),
+            batch.latents[row : row + 1],
+            {EMBEDDING: batch.text[EMBEDDING][row : row + 1]},
             batch.references[row : row + 1, :, :count],
             *(getattr(batch, name)[row : row + 1, :count] for name in ("mask", "subjects")),
             {REFERENCE: {"one": targets}} if count else {},

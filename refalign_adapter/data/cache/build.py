@@ -23,10 +23,10 @@ from ..sources.rows import Row
 from .digests import FileDigests
 from .encode import RowEncoder
 from .encoders import Encoders, load_encoders
-from .entries import IndexEntry
+from .entries import IndexEntry, listed_text
 from .facts import provenance_of
 from .freshness import RowFiles, write_files
-from .index import FORMAT, listed_targets, write_index, write_meta
+from .index import FORMAT, listed_targets, listed_texts, write_index, write_meta
 from .lock import filling
 from .options import CacheOptions
 from .parts import PartStore
@@ -196,8 +196,8 @@ def _sizes(files: set[tuple[str, str]], store: PartStore) -> dict[str, int]:
     return {part: size for part, size in sizes.items() if size}
 
 
-def _encode_texts(captions: list[str], encoder: RowEncoder, progress: Progress | None) -> str:
-    """Write the captions' embeddings, all before the first clip, and the empty text's; returns that one's key."""
+def _encode_texts(captions: list[str], encoder: RowEncoder, progress: Progress | None) -> dict[str, str]:
+    """Write what the captions give, all before the first clip, and the empty text; returns that one's keys."""
     empty_text = encoder.encode_text("")
     for done, caption in enumerate(captions, 1):
         encoder.encode_text(caption)
@@ -252,7 +252,7 @@ def _write(
     options: CacheOptions,
     encoder: RowEncoder,
     splits: dict[str, list[IndexEntry]],
-    empty_text: str,
+    empty_text: dict[str, str],
     digests: FileDigests,
 ) -> None:
     for split, entries in splits.items():
@@ -262,7 +262,8 @@ def _write(
         "options": options.compared(),
         "manifests": {split: sources_digest(value, digests) for split, value in options.manifests.items()},
         **listed_targets(encoder.encoders.target_facts(options)),
-        "empty_text": empty_text,
+        **listed_texts(encoder.encoders.texts(options), options.max_sequence_length),
+        "empty_text": listed_text(empty_text),
         "provenance": provenance_of(encoder.facts),
     }
     write_meta(options.cache_dir, meta)

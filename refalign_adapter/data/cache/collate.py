@@ -40,7 +40,7 @@ def collate(samples: Sequence[CachedSample], *, variants: Sequence[int] | None =
     return Batch(
         keys=[sample.key for sample in samples],
         latents=torch.stack([sample.latents for sample in samples]),
-        text=torch.stack([sample.text for sample in samples]),
+        text={name: torch.stack([sample.text[name] for sample in samples]) for name in samples[0].text},
         references=references.transpose(1, 2).contiguous(),
         mask=torch.arange(most) < counts[:, None],
         subjects=torch.stack([padded(sample.subjects, most, -1) for sample in samples]),
@@ -111,7 +111,7 @@ def _of_row(sample: CachedSample) -> list[Any]:
         if objective not in sample.of_references
         for teacher, target in targets.items()
     ]
-    return [sample.latents.shape, sample.text.shape[-1], *shapes]
+    return [sample.latents.shape, {name: text.shape for name, text in sample.text.items()}, *shapes]
 
 
 def _of_reference(sample: CachedSample) -> list[Any]:

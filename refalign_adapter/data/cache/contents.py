@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from .entries import IndexEntry
 from .options import DTYPES
 from .parts import Expected, PartStore, target_part
@@ -13,18 +15,31 @@ File = tuple[str, str]
 """Part and key."""
 
 
-def text_contents(meta: dict[str, Any], store: PartStore) -> Expected:
-    """What every caption's part has to hold; as wide as the empty text's, where that can be read.
+def text_contents(meta: dict[str, Any], store: PartStore) -> dict[str, Expected]:
+    """What every caption's parts have to hold, by the transformer's argument; where a cache says no width, as wide as
+    the empty text's, where that can be read.
 
     Args:
         meta: see `read_meta`.
         store: the cache's parts.
     """
-    shape = store.shape("text", meta["empty_text"])
-    return Expected((None, shape[-1] if shape else None), DTYPES[meta["provenance"]["video"]["dtype"]])
+    dtype, contents = stored_type(meta), {}
+    for name, facts in meta["text"].items():
+        _, *rest = facts["shape"]
+        if None in rest:
+            rest = (store.shape("text", meta["empty_text"][name]) or (None, *rest))[1:]
+        contents[name] = Expected((None, *rest), None if facts["mask"] else dtype)
+    return contents
 
 
-def row_contents(entry: IndexEntry, meta: dict[str, Any], text: Expected) -> Iterator[tuple[File, Expected]]:
+def stored_type(meta: dict[str, Any]) -> torch.dtype:
+    """Of all parts but masks."""
+    return DTYPES[meta["provenance"]["video"]["dtype"]]
+
+
+def row_contents(
+    entry: IndexEntry, meta: dict[str, Any], text: dict[str, Expected]
+) -> Iterator[tuple[File, Expected]]:
     """What one row's files have to hold.
 
     Args:
@@ -32,7 +47,7 @@ def row_contents(entry: IndexEntry, meta: dict[str, Any], text: Expected) -> Ite
         meta: see `read_meta`.
         text: see `text_contents`.
     """
-    parts, shown, dtype = entry.parts, (entry.variants, len(entry.subjects)), text.dtype
+    parts, shown, dtype = entry.parts, (entry.variants, len(entry.subjects)), stored_type(meta)
     options = meta["options"]
     # Then a reference's canvas is as large as the video.
     whole = options.get("reference_scale") == 1.0 and options.get("reference_size") is None
@@ -40,7 +55,9 @@ def row_contents(entry: IndexEntry, meta: dict[str, Any], text: Expected) -> Ite
     yield ("video", parts.video), Expected(entry.shape, dtype)
     if parts.references is not None:
         yield ("references", parts.references), Expected((*shown, entry.shape[0], *canvas), dtype)
-    yield ("text", parts.text), text
+    for name, key in parts.text.items():
+        if name in text:
+            yield ("text", key), text[name]
     for objective, keys in parts.targets.items():
         facts = meta["targets"].get(objective, {"of": "", "shapes": {}})
         before = shown if facts["of"] == "references" else ()

@@ -33,15 +33,15 @@ class CacheMeta:
 
     Attributes:
         widths: objective -> teacher id -> T, of the targets that are read.
-        max_sequence_length: S.
-        empty_text: (S, D) embedding of the empty prompt.
+        max_sequence_length: text tokens that captions are padded to.
+        empty_text: the transformer's argument -> what the empty prompt gave, such as (S, D) embeddings.
         options: the options it was made with, as JSON types.
         provenance: versions and settings of all encoders, as JSON types.
     """
 
     widths: dict[str, dict[str, int]]
     max_sequence_length: int
-    empty_text: Tensor
+    empty_text: dict[str, Tensor]
     options: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -90,14 +90,13 @@ class CachedDataset(Dataset[CachedSample]):
         self._of_references = frozenset(name for name, facts in meta["targets"].items() if facts["of"] != "video")
         self.split, self._meta = split, meta
         self._text = text_contents(meta, self.store)
-        length = meta["options"]["max_sequence_length"]
         self.meta = CacheMeta(
             widths={
                 objective: {name: shapes[objective][name][-1] for name in teachers}
                 for objective, teachers in self.targets.items()
             },
-            max_sequence_length=length,
-            empty_text=padded(self._empty_text(meta["empty_text"]), length),
+            max_sequence_length=meta["options"]["max_sequence_length"],
+            empty_text={name: self._empty_text(name, key) for name, key in meta["empty_text"].items()},
             options=meta["options"],
             provenance=meta["provenance"],
         )
@@ -126,8 +125,8 @@ class CachedDataset(Dataset[CachedSample]):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> CachedSample:
-        """The row as tensors read from its files, checked when each is read for the first time; text is padded with
-        zeros to S.
+        """The row as tensors read from its files, checked when each is read for the first time; texts get
+        the zeros at their end back.
 
         Raises:
             UnreadableRowError: one of its files is missing, damaged or not given by the system.
@@ -143,7 +142,7 @@ class CachedDataset(Dataset[CachedSample]):
             return CachedSample(
                 key=entry.key,
                 latents=read("video", parts.video),
-                text=padded(read("text", parts.text), self.meta.max_sequence_length),
+                text={name: self._whole(name, read("text", parts.text[name])) for name in self._text},
                 references=_no_references(entry.shape)
                 if parts.references is None
                 else read("references", parts.references),
@@ -163,12 +162,15 @@ class CachedDataset(Dataset[CachedSample]):
         except ReadError as error:
             raise UnreadableRowError(f"cache: {entry.place(self.split)}: {error}") from None
         except (DamagedPartError, KeyError) as error:
-            reason = error if isinstance(error, DamagedPartError) else f"no features of teacher {error}"
+            reason = error if isinstance(error, DamagedPartError) else f"no features or text of {error}"
             raise UnreadableRowError(f"cache: {entry.place(self.split)}: {reason}; {REMEDY} to make it anew") from None
 
-    def _empty_text(self, key: str) -> Tensor:
+    def _whole(self, name: str, text: Tensor) -> Tensor:
+        return padded(text, self._meta["text"][name]["shape"][0])
+
+    def _empty_text(self, name: str, key: str) -> Tensor:
         try:
-            return self.store.read("text", key, self._text)
+            return self._whole(name, self.store.read("text", key, self._text[name]))
         except DamagedPartError as error:
             raise UserError(f"cache: the empty text: {error}; {REMEDY} to make it anew") from None
         except ReadError as error:

@@ -1,7 +1,7 @@
 """One row to its cached parts: what the encoders make of what was decoded for them.
 
 Shape letters: B videos, F frames, H and W height and width in pixels, H' and W' those of a reference's canvas,
-M references, S text tokens, D text width, V augmented variants, h and w a teacher's grid, T a teacher's width.
+M references, V augmented variants, h and w a teacher's grid, T a teacher's width.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import UserError
 from ...hashes import hash_of
 from ...media.canvas import content_tokens
 from ..sources.rows import Row
 from .captions import count_tokens
 from .encoders import Encoders
-from .entries import IndexEntry
-from .facts import Facts, text_key
+from .entries import IndexEntry, listed_text
+from .facts import Facts, text_keys_of
 from .options import DTYPES, CacheOptions
 from .parts import PartStore, target_part
 from .prepare import Plans, PreparedRow
@@ -72,7 +73,7 @@ class RowEncoder:
         if parts.tokens:
             self._part("tokens", parts.tokens, partial(_tokens, prepared.canvases, plan.sizes.tokens), "tokens")
         return IndexEntry(
-            key=hash_of([parts.video, parts.references, parts.text, row.subjects]),
+            key=hash_of([parts.video, parts.references, listed_text(parts.text), row.subjects]),
             file_name=row.file_name,
             line=row.line,
             parts=parts,
@@ -82,13 +83,20 @@ class RowEncoder:
             source=row.source,
         )
 
-    def encode_text(self, caption: str) -> str:
-        """Write a caption's embedding (tokens, D) up to its last token; returns its key."""
-        key = text_key(caption, self.facts)
+    def encode_text(self, caption: str) -> dict[str, str]:
+        """Write what a caption gives, each tensor up to its last row that is not zero; returns the keys, see
+        `RowParts`."""
+        keys, made = text_keys_of(caption, self.facts), {}
         tokenizer = getattr(self.encoders.pipe, "tokenizer", None)
         self.cut += tokenizer is not None and count_tokens(tokenizer, caption) > self.options.max_sequence_length
-        self._part("text", key, lambda: self._embedding(caption), "text encoder")
-        return key
+
+        def make(name: str) -> Tensor:
+            made.update(made or self._texts(caption))  # one pass of the encoder makes them all
+            return _without_end(made[name])
+
+        for name, key in keys.items():
+            self._part("text", key, partial(make, name), "text encoder")
+        return keys
 
     def _part(self, part: str, key: str, make: Callable[[], Tensor], encoder: str) -> tuple[int, ...]:
         """Shape of the part, made by `encoder` if it is missing."""
@@ -127,12 +135,26 @@ class RowEncoder:
         images = _images(prepared.canvases)
         return torch.stack([target.encode(teacher, variant, sizes, models) for variant in images])
 
-    def _embedding(self, caption: str) -> Tensor:
-        length = self.options.max_sequence_length
+    def _texts(self, caption: str) -> dict[str, Tensor]:
+        """The transformer's argument -> what the caption gives for it.
+
+        Raises:
+            UserError: the family's own file contradicts itself.
+        """
+        family = self.encoders.family
         self.encoders.use("text")
-        text = self.encoders.family.encode_text(self.encoders.pipe, [caption], length)[0]
-        real = text.ne(0).any(-1).nonzero()
-        return text[: int(real.max()) + 1 if len(real) else 1]
+        texts = family.encode_text(self.encoders.pipe, [caption], self.options.max_sequence_length)
+        got = {name: tuple(tensor.shape) for name, tensor in texts.items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in self.encoders.texts(self.options).items()}
+        if wanted != got:
+            raise UserError(f"family: {family.key!r} encodes text to {got}, its no_text says {wanted}")
+        return {name: tensor[0] for name, tensor in texts.items()}
+
+
+def _without_end(tensor: Tensor) -> Tensor:
+    """Up to the last row that is not zero; one row at least."""
+    real = tensor.ne(0).flatten(1).any(-1).nonzero() if tensor.ndim > 1 else tensor.nonzero()
+    return tensor[: int(real.max()) + 1 if len(real) else 1]
 
 
 def _tokens(canvases: np.ndarray | None, grid: tuple[int, int]) -> Tensor:

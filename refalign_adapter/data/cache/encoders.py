@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from torch import nn
+from torch import Tensor, nn
 
 from ...batch import REFERENCE
 from ...errors import ConfigError
@@ -36,7 +36,7 @@ class Encoders:
     Attributes:
         family: the base's family.
         pipe: the base's pipeline without its transformer.
-        patch_size: latent frames, rows and columns that make one token of the base's transformer.
+        transformer: the base's, of which only the configuration is asked; on "meta" it does.
         models: objective -> id -> teacher.
         vae: JSON facts that decide latents.
         text_encoder: JSON facts that decide text embeddings.
@@ -45,7 +45,7 @@ class Encoders:
 
     family: Family
     pipe: Any
-    patch_size: tuple[int, int, int]
+    transformer: Any
     models: dict[str, dict[str, Teacher]] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=dict)
     text_encoder: dict[str, Any] = field(default_factory=dict)
@@ -69,6 +69,11 @@ class Encoders:
         for teacher in (teacher for teachers in self.models.values() for teacher in teachers.values()):
             teacher.to("cpu" if kind == "text" else self.device)
         self._at_work = kind
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns that make one token."""
+        return self.family.patch_size(self.transformer)
 
     @property
     def teachers(self) -> dict[str, Teacher]:
@@ -100,6 +105,11 @@ class Encoders:
             }
             for target in options.all_targets
         }
+
+    def texts(self, options: CacheOptions) -> dict[str, Tensor]:
+        """Shapes and types, on "meta", of a caption's tensors (1, …): the transformer's argument -> its tensor."""
+        like = torch.empty(1, dtype=DTYPES[options.dtype], device="meta")
+        return self.family.no_text(self.transformer, like, options.max_sequence_length)
 
     def target_facts(self, options: CacheOptions) -> dict[str, Any]:
         """What `meta.json` says of the targets, see `index`."""
@@ -171,7 +181,7 @@ def load_encoders(options: CacheOptions, device: torch.device | str = "cpu") -> 
     encoders = Encoders(
         model.family,
         pipe,
-        model.patch_size,
+        model.transformer,
         models,
         vae={**facts, "version": version_of(options, ("vae",)), "dtype": "fp32"},
         text_encoder={

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...alignment.objective import NAME
-from ...batch import REFERENCE
+from ...batch import EMBEDDING, REFERENCE
+from ...config_checks import MAX_NAME
 from ...errors import shorten
 from .parts import KEY, target_part
 
@@ -23,21 +24,23 @@ class RowParts:
     """Keys of a row's parts (see `PartStore`).
 
     Attributes:
-        video, text: of the clip and the caption.
+        video: of the clip.
         references: None of a row without any.
+        text: the transformer's argument -> key of what the caption gave for it.
         targets: objective -> teacher id -> key; in a line, "teachers" are reference alignment's.
         tokens: None where all are kept.
     """
 
     video: str
     references: str | None
-    text: str
+    text: dict[str, str]
     targets: dict[str, dict[str, str]]
     tokens: str | None = None
 
     def files(self) -> list[tuple[str, str]]:
         """(part, key) of every file."""
-        parts = [("video", self.video), ("references", self.references), ("text", self.text)]
+        parts = [("video", self.video), ("references", self.references)]
+        parts += [("text", key) for key in self.text.values()]
         parts += [(target_part(objective), key) for objective, keys in self.targets.items() for key in keys.values()]
         return [(part, key) for part, key in (*parts, ("tokens", self.tokens)) if key is not None]
 
@@ -81,7 +84,7 @@ def line_of(entry: IndexEntry) -> dict[str, Any]:
     values["parts"] = {
         "video": parts.video,
         "references": parts.references,
-        "text": parts.text,
+        "text": listed_text(parts.text),
         "teachers": parts.targets.get(REFERENCE, {}),
         **{name: value for name, value in added.items() if value},
     }
@@ -129,9 +132,32 @@ def _parts(
         raise ValueError("a row's targets")
     if not isinstance(teachers, dict) or REFERENCE in (targets or {}):
         raise ValueError("a row's teachers")
-    if video is None or text is None:
-        raise ValueError("a row's video or text")
-    return RowParts(video, references, text, every, tokens)
+    if video is None:
+        raise ValueError("a row's video")
+    return RowParts(video, references, text_keys(text), every, tokens)
+
+
+def listed_text(keys: dict[str, str]) -> str | dict[str, str]:
+    """A text's keys as they are written: of embeddings alone just theirs, as before there was anything else."""
+    return keys[EMBEDDING] if set(keys) == {EMBEDDING} else keys
+
+
+def text_keys(listed: Any) -> dict[str, str]:
+    """What `listed_text` made its value of.
+
+    Raises:
+        ValueError: it is none.
+    """
+    keys = {EMBEDDING: listed} if isinstance(listed, str) else listed
+    if not isinstance(keys, dict) or not keys:
+        raise ValueError("a row's text")
+    if not all(_is_argument(name) and is_key(key) for name, key in keys.items()):
+        raise ValueError("a row's text")
+    return keys
+
+
+def _is_argument(name: Any) -> bool:
+    return isinstance(name, str) and name.isidentifier() and len(name) <= MAX_NAME
 
 
 def is_key(value: Any) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...batch import REFERENCE
+from ...batch import EMBEDDING, REFERENCE
 from ...hashes import file_digest, hash_of
 from ...media.canvas import AUGMENTATION
 from ..sources.pictures import reference_facts
@@ -36,6 +36,7 @@ class Facts:
         augmentation: of the references of regular pairs; None where they are not augmented.
         tokens: of the references' tokens that are kept; None where all are.
         of_video: the objectives whose targets are of the clip and not of the references.
+        text_arguments: names of what a caption gives.
     """
 
     video: dict[str, Any]
@@ -45,6 +46,7 @@ class Facts:
     augmentation: dict[str, Any] | None
     tokens: dict[str, Any] | None = None
     of_video: tuple[str, ...] = ()
+    text_arguments: tuple[str, ...] = (EMBEDDING,)
 
 
 def facts_of(options: CacheOptions, encoders: Encoders) -> Facts:
@@ -76,13 +78,14 @@ def facts_of(options: CacheOptions, encoders: Encoders) -> Facts:
         augmentation=augmentation if options.augment_references else None,
         tokens={"format": FORMAT, **canvas, "grid": tokens} if options.drop_background else None,
         of_video=tuple(target.objective for target in options.all_targets if target.of == "video"),
+        text_arguments=encoders.family.text_arguments,
     )
 
 
 def provenance_of(facts: Facts) -> dict[str, Any]:
     """What `meta.json` says of how parts were made; "teachers" are reference alignment's, as when it was alone."""
     values = dataclasses.asdict(facts)
-    del values["of_video"]
+    del values["of_video"], values["text_arguments"]
     targets = values.pop("targets")
     values["teachers"] = targets.pop(REFERENCE, {})
     return values | ({"targets": targets} if targets else {})
@@ -111,7 +114,7 @@ def parts_of(row: Row, facts: Facts, digest: Digest = file_digest) -> RowParts:
     return RowParts(
         video=hash_of([clip, facts.video, *cut]),
         references=hash_of([references, facts.references]) if images else None,
-        text=text_key(row.caption, facts),
+        text=text_keys_of(row.caption, facts),
         targets={
             objective: {teacher: target_key(objective, fact) for teacher, fact in teachers.items()}
             for objective, teachers in facts.targets.items()
@@ -121,6 +124,9 @@ def parts_of(row: Row, facts: Facts, digest: Digest = file_digest) -> RowParts:
     )
 
 
-def text_key(caption: str, facts: Facts) -> str:
-    """Name of a caption's part."""
-    return hash_of([caption, facts.text])
+def text_keys_of(caption: str, facts: Facts) -> dict[str, str]:
+    """The transformer's argument -> name of a caption's part for it."""
+    return {
+        name: hash_of([caption, facts.text] if name == EMBEDDING else [caption, facts.text, name])
+        for name in facts.text_arguments
+    }

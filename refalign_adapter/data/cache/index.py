@@ -12,17 +12,21 @@ path.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ...alignment.objective import NAME
-from ...batch import REFERENCE
+from ...batch import EMBEDDING, REFERENCE
 from ...errors import ReadError, UserError
 from ...files import atomic_file, require_regular
 from ...hashes import file_digest, hash_of
 from ...json_files import parse_json, read_bytes, write_json
-from .entries import REMEDY, IndexEntry, entry_of, is_count, is_key, line_of
+from .entries import REMEDY, IndexEntry, entry_of, is_count, line_of, text_keys
 from .options import ADDED, DTYPES
 from .parts import META_NAME, MISSING, NO_FILE
 
@@ -33,6 +37,8 @@ OLDEST = {"format", "options", "manifests", "teachers", "empty_text", "provenanc
 """What a `meta.json` without checksums holds, and nothing else."""
 FORMAT = 1
 """Raised when what a cache holds changes its meaning: all of it is then made anew."""
+MAX_TEXT = 2**26
+"""Numbers in one tensor of a caption; 512 tokens of 4,096 are 2**21."""
 MAX_TARGET_SIDES = 5
 """Of one reference's or row's: with the two before it of references, no more than a part's file may have."""
 
@@ -139,7 +145,8 @@ def read_meta(cache_dir: str | Path) -> dict[str, Any]:
 
     Returns:
         What it says. "targets" are those of all objectives: what has them ("of": "references" or "video") and, by
-        teacher id, their shapes, None for sides that rows differ in.
+        teacher id, their shapes, None for sides that rows differ in. "text" says of each argument of the transformer
+        that a caption gives its shape (None: as the empty text's) and whether it is a mask, "empty_text" its key.
 
     Raises:
         UserError: there is no cache, or it is damaged.
@@ -155,7 +162,30 @@ def read_meta(cache_dir: str | Path) -> dict[str, Any]:
         raise UserError(f"cache_dir: {str(cache_dir)!r} was made by another version of this package; {REMEDY}")
     if not isinstance(meta, dict) or not _is_sealed(meta) or not _is_meta(meta):
         raise UserError(f"cache_dir: {str(path)!r} is damaged or edited; {REMEDY} to make it anew")
-    return {**meta, "options": {**ADDED, **meta["options"]}, "targets": _targets(meta)}
+    return {
+        **meta,
+        "options": {**ADDED, **meta["options"]},
+        "targets": _targets(meta),
+        "text": meta.get("text") or _embeddings(meta["options"]["max_sequence_length"]),
+        "empty_text": text_keys(meta["empty_text"]),
+    }
+
+
+def listed_texts(text: dict[str, Tensor], length: int) -> dict[str, Any]:
+    """What `meta.json` says of texts, see `read_meta`; of embeddings alone nothing, as before there was anything else.
+
+    Args:
+        text: the transformer's argument -> (1, …), as `Encoders.texts`.
+        length: the options' max_sequence_length.
+    """
+    sizes = {name: list(tensor.shape[1:]) for name, tensor in text.items()}
+    if set(sizes) == {EMBEDDING} and len(sizes[EMBEDDING]) == 2 and sizes[EMBEDDING][0] == length:
+        return {}
+    return {"text": {name: {"shape": sizes[name], "mask": text[name].dtype == torch.bool} for name in sizes}}
+
+
+def _embeddings(length: int) -> dict[str, Any]:
+    return {EMBEDDING: {"shape": [length, None], "mask": False}}
 
 
 def listed_targets(targets: dict[str, Any]) -> dict[str, Any]:
@@ -189,13 +219,34 @@ def _is_meta(meta: dict[str, Any]) -> bool:
         return False
     video = meta["provenance"].get("video")
     return (
-        is_key(meta.get("empty_text"))
+        _are_texts(meta)
         and all(is_count(width, 1) for width in meta["teachers"].values())
         and _are_targets(meta.get("targets", {}))
         and is_count(meta["options"].get("max_sequence_length"), 1)
         and isinstance(video, dict)
         and isinstance(video.get("dtype"), str)
         and video["dtype"] in DTYPES
+    )
+
+
+def _are_texts(meta: dict[str, Any]) -> bool:
+    try:
+        keys = text_keys(meta.get("empty_text"))
+    except ValueError:
+        return False
+    facts = meta.get("text", {EMBEDDING: {"shape": [1], "mask": False}})
+    return (
+        isinstance(facts, dict)
+        and set(facts) == set(keys)
+        and all(
+            isinstance(value, dict)
+            and set(value) == {"shape", "mask"}
+            and isinstance(value["mask"], bool)
+            and _is_shape(value["shape"])
+            and None not in value["shape"]
+            and math.prod(value["shape"]) <= MAX_TEXT
+            for value in facts.values()
+        )
     )
 
 

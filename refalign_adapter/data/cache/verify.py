@@ -86,7 +86,8 @@ def _all_expected(options: CacheOptions, store: PartStore) -> Iterator[tuple[str
     """(row, file, what it has to hold) for every part of every row."""
     meta = read_meta(options.cache_dir)
     text = text_contents(meta, store)
-    yield "the empty text", ("text", meta["empty_text"]), text
+    for name, key in meta["empty_text"].items():
+        yield "the empty text", ("text", key), text[name]
     for split in options.manifests:
         for entry in read_index(options.cache_dir, split, meta):
             for file, content in row_contents(entry, meta, text):
@@ -110,7 +111,7 @@ def prune_cache(cache_dir: str | Path) -> Files:
     store, deleted = PartStore(folder), Counter()
     with deleting(folder):
         meta = read_meta(folder)
-        keep = {store.path("text", meta["empty_text"])}
+        keep = {store.path("text", key) for key in meta["empty_text"].values()}
         for index in folder.glob("index-*.jsonl"):
             entries = read_index(folder, index.stem.removeprefix("index-"), meta)
             keep |= {store.path(*file) for entry in entries for file in entry.parts.files()}

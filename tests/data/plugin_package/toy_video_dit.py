@@ -25,7 +25,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from refalign_adapter.families.base import Family, check_fit, loading_options
+from refalign_adapter.families.base import Family, Text, check_fit, loading_options
 from refalign_adapter.teachers.base import Teacher
 
 PATCH = (1, 2, 2)
@@ -370,13 +370,16 @@ class ToyFamily(Family):
         attention = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
         return [*(f"attn.{name}" for name in attention), "ff.0", "ff.2"]
 
-    def forward_arguments(self, transformer: Any, latents: Tensor, sigmas: Tensor, text: Tensor) -> dict[str, Any]:
+    def no_text(self, transformer: Any, like: Tensor, tokens: int = 1) -> Text:
+        mask = torch.zeros(len(like), tokens, dtype=torch.bool, device=like.device)
+        return {**super().no_text(transformer, like, tokens), "encoder_attention_mask": mask}
+
+    def forward_arguments(self, transformer: Any, latents: Tensor, sigmas: Tensor, text: Text) -> dict[str, Any]:
         frames = torch.arange(latents.shape[2], device=latents.device)
         return {
             "hidden_states": latents.movedim(1, -1),
             "timestep": sigmas * 1000,
-            "encoder_hidden_states": text,
-            "encoder_attention_mask": self.text_mask(text),
+            **text,
             "image_rotary_emb": self._tables(transformer, frames, latents.shape[-2:]),
             "return_dict": False,
         }
@@ -441,15 +444,16 @@ class ToyFamily(Family):
         return self.encode_video(pipe, images.unsqueeze(2)).squeeze(2)
 
     @torch.no_grad()
-    def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Tensor:
+    def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Text:
         embeds, mask, _, _ = pipe.encode_prompt(prompts, None, False, max_sequence_length=max_sequence_length)
-        return embeds * mask.unsqueeze(-1)
+        return {"encoder_hidden_states": embeds * mask.unsqueeze(-1), "encoder_attention_mask": mask}
 
-    def pipeline_text(self, text: Tensor, negative: Tensor) -> dict[str, Tensor]:
+    def pipeline_text(self, text: Text, negative: Text) -> dict[str, Tensor]:
         masks = {"prompt_attention_mask": text, "negative_prompt_attention_mask": negative}
-        return super().pipeline_text(text, negative) | {name: self.text_mask(part) for name, part in masks.items()}
+        of_masks = {name: part["encoder_attention_mask"] for name, part in masks.items()}
+        return super().pipeline_text(text, negative) | of_masks
 
-    def negative_arguments(self, encoded: Any) -> dict[str, Tensor] | None:
+    def negative_arguments(self, encoded: Any) -> Text | None:
         return None if encoded[2] is None else dict(zip(self.text_arguments, encoded[2:], strict=True))
 
     def latents_shape(self, pipe: Any, transformer: Any, videos: int, size: tuple[int, int, int]) -> tuple[int, ...]:
