@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from seals import seal, unseal
 
 from refalign_adapter.batch import EMBEDDING
 from refalign_adapter.data.cache.dataset import CachedDataset
 from refalign_adapter.data.cache.entries import IndexEntry, RowParts, entry_of, line_of
-from refalign_adapter.data.cache.index import listed_targets
+from refalign_adapter.data.cache.index import listed_targets, listed_texts
 from refalign_adapter.errors import UserError
 
 KEYS = [letter * 32 for letter in "abcdef"]
@@ -77,6 +79,13 @@ def test_meta_of_reference_alignment_alone_is_that_of_before():
     shapes = {"dino": [None, None, 24]}
     assert listed_targets({"reference": {"of": "references", "shapes": shapes}}) == {"teachers": {"dino": 24}}
     assert listed_targets({}) == {"teachers": {}}
+
+
+def test_meta_of_embeddings_alone_is_that_of_before(cached):
+    assert listed_texts({EMBEDDING: torch.empty(1, 24, 32, device="meta")}, 24) == {}
+    meta = json.loads((Path(cached[0].cache_dir) / "meta.json").read_text())
+    assert "text" not in meta
+    assert isinstance(meta["empty_text"], str)
 
 
 @pytest.mark.parametrize(
