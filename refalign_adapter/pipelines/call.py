@@ -20,7 +20,6 @@ from .arguments import EMBEDS, check_arguments, count_prompts
 from .base import ReferencePipeline
 from .guidance import ALL_STEPS, check_scales
 from .guided_calls import GuidedCalls
-from .saving import save_stock
 
 DEFAULTS = {"guidance_scale": 7.5, "max_sequence_length": None}
 """Of a call with an adapter, in place of the stock pipeline's: the scale is the paper's; None stands for the length
@@ -30,7 +29,7 @@ LOOP = ("_guidance_scale", "_attention_kwargs", "_current_timestep", "_interrupt
 
 
 class ReferenceCall(ReferencePipeline):
-    """Mixed into a diffusers pipeline class, in front of it; `reference_class` does that."""
+    """Generates with references; `reference_class` mixes it into a diffusers pipeline class."""
 
     scheduler: Any
     stock: type
@@ -128,21 +127,6 @@ class ReferenceCall(ReferencePipeline):
         if self._guide is not None:
             self._guide.negative = self._family.negative_arguments(encoded)
         return encoded
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write a folder that stock classes read, as in diffusers; reference adapters go beside the components.
-
-        Raises:
-            UserError: see `save_stock`.
-        """
-        from .reference_class import build_pipeline, stock_class
-
-        save_stock(self, build_pipeline(self, stock_class(self)), save_directory, *args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        from .reference_class import revive, stock_class
-
-        return revive, (stock_class(self),), dict(vars(self))
 
     def _with_defaults(self, bound: inspect.BoundArguments) -> dict[str, Any]:
         given = dict(bound.arguments)

@@ -10,6 +10,23 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 
 from ..errors import UserError
 from .call import DEFAULTS, ReferenceCall
+from .saving import save_stock
+
+
+class Reference(ReferenceCall):
+    """Mixed into a diffusers pipeline class, in front of it: what is made at run time is saved and copied as well."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Write a folder that stock classes read, as in diffusers; reference adapters go beside the components.
+
+        Raises:
+            UserError: see `save_stock`.
+        """
+        save_stock(self, build_pipeline(self, stock_class(self)), save_directory, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _revive, (stock_class(self),), dict(vars(self))
+
 
 _OWN = tuple(inspect.signature(ReferenceCall.__call__).parameters.values())
 
@@ -27,7 +44,7 @@ def reference_class(stock: type) -> type:
     _check_names(stock)
     name = stock.__name__.removesuffix("Pipeline") + "ReferencePipeline"
     own = {"__call__": _documented(stock), "encode_prompt": _with_signature(stock), "stock": stock}
-    bases = (ReferenceCall, stock)
+    bases = (Reference, stock)
     if not issubclass(stock, LoraBaseMixin):  # not every stock pipeline can switch LoRAs by name
         bases, own = (*bases, LoraBaseMixin), {**own, "_lora_loadable_modules": ["transformer"]}
     made = type(name, bases, {"__module__": __name__, **own})
@@ -36,7 +53,7 @@ def reference_class(stock: type) -> type:
 
 
 def _check_names(stock: type) -> None:
-    ours = {name for cls in ReferenceCall.__mro__[:-1] for name in vars(cls) if _is_private(name)}
+    ours = {name for cls in Reference.__mro__[:-1] for name in vars(cls) if _is_private(name)}
     theirs = {name for cls in stock.__mro__[:-1] for name in vars(cls)}
     if clash := sorted(ours & theirs):
         raise UserError(
@@ -95,7 +112,7 @@ def _with_signature(stock: Any) -> Any:
     return encode_prompt
 
 
-def revive(stock: type) -> Any:
-    """An empty reference pipeline, for copies and pickles: its class is made at run time."""
+def _revive(stock: type) -> Any:
+    """An empty reference pipeline, for copies and pickles."""
     cls = reference_class(stock)
     return object.__new__(cls)
