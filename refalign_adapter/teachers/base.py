@@ -39,6 +39,7 @@ class Teacher(nn.Module):
         class_tokens: tokens before the patches that the architecture has in every configuration.
         default_mean, default_std: per RGB channel; used where the checkpoint has no preprocessor_config.json.
         any_size: whether `encode` can be asked for any grid.
+        run_options: keyword arguments of every call of the model, such as having its positions interpolated.
         tiny_config: keyword arguments of a config that makes a random model small enough for tests.
 
     Args:
@@ -59,7 +60,15 @@ class Teacher(nn.Module):
     default_mean: ClassVar[tuple[float, ...]] = IMAGENET_MEAN
     default_std: ClassVar[tuple[float, ...]] = IMAGENET_STD
     any_size: ClassVar[bool] = True
-    tiny_config: ClassVar[dict[str, Any]]
+    run_options: ClassVar[dict[str, Any]] = {}
+    tiny_config: ClassVar[dict[str, Any]] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 4,
+        "image_size": 24,
+    }
 
     def __init__(
         self,
@@ -182,7 +191,7 @@ class Teacher(nn.Module):
 
     def run_model(self, pixels: Tensor, output_hidden_states: bool) -> ModelOutput:
         """Call the encoder on `pixels` (B, 3, h · patch, w · patch); its states are (B, extra_tokens + h · w, T)."""
-        return self.model(pixel_values=pixels, output_hidden_states=output_hidden_states)
+        return self.model(pixel_values=pixels, output_hidden_states=output_hidden_states, **self.run_options)
 
     def fingerprint(self) -> dict[str, Any]:
         """JSON facts that decide the features: caches made under another fingerprint are stale.

@@ -9,14 +9,7 @@ class DINOv2Teacher(Teacher):
     model_types = ("dinov2",)
     model_class = "Dinov2Model"
     class_tokens = 1
-    tiny_config = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "mlp_ratio": 2,
-        "patch_size": 4,
-        "image_size": 24,
-    }
+    tiny_config = Teacher.tiny_config | {"mlp_ratio": 2}
 
 
 TEACHER = DINOv2Teacher

@@ -9,15 +9,7 @@ class DINOv2WithRegistersTeacher(Teacher):
     model_types = ("dinov2_with_registers",)
     model_class = "Dinov2WithRegistersModel"
     class_tokens = 1
-    tiny_config = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "mlp_ratio": 2,
-        "patch_size": 4,
-        "image_size": 24,
-        "num_register_tokens": 3,
-    }
+    tiny_config = Teacher.tiny_config | {"mlp_ratio": 2, "num_register_tokens": 3}
 
 
 TEACHER = DINOv2WithRegistersTeacher

@@ -9,15 +9,7 @@ class DINOv3Teacher(Teacher):
     model_types = ("dinov3_vit",)
     model_class = "DINOv3ViTModel"
     class_tokens = 1
-    tiny_config = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "patch_size": 4,
-        "image_size": 24,
-        "num_register_tokens": 3,
-    }
+    tiny_config = Teacher.tiny_config | {"num_register_tokens": 3}
 
 
 TEACHER = DINOv3Teacher

@@ -16,14 +16,7 @@ class SigLIP2NaFlexTeacher(Teacher):
     model_types = ("siglip2", "siglip2_vision_model")
     model_class = "Siglip2VisionModel"
     default_mean = default_std = (0.5, 0.5, 0.5)
-    tiny_config = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "patch_size": 4,
-        "num_patches": 36,
-    }
+    tiny_config = Teacher.tiny_config | {"num_patches": 36}
 
     @property
     def native_grid(self) -> Grid:

@@ -28,17 +28,7 @@ def unpack_base(folder: str | Path) -> Path:
 
 
 def unpack_teacher(folder: str | Path) -> Path:
-    """Write the tiny teacher, a `Dinov2Model` with float32 weights, as a folder for `AutoModel.from_pretrained`.
-
-    Args:
-        folder: replaced as a whole if it exists.
-
-    Returns:
-        The folder.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Likewise the tiny teacher, a `Dinov2Model`, for `AutoModel.from_pretrained(folder)`."""
     return _unpack("teacher", folder)
 
 
