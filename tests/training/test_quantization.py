@@ -64,7 +64,7 @@ def make_batch():
 
 def loss_of(module):
     generator = torch.Generator().manual_seed(1)
-    return module(make_batch(), torch.zeros(5, 64), generator=generator, weights={"reference": 1.0}).loss
+    return module(make_batch(), {EMBEDDING: torch.zeros(5, 64)}, generator=generator, weights={"reference": 1.0}).loss
 
 
 def take_apart(transformer):
