@@ -36,7 +36,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
 import refalign_adapter as ra
-from refalign_adapter.branch.attach import ReferenceBranch
+from refalign_adapter.branch.reference_branch import ReferenceBranch
 from refalign_adapter.branch.reference_cache import ReferenceCache
 from refalign_adapter.errors import UserError
 

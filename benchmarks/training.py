@@ -32,7 +32,7 @@ import refalign_adapter as ra
 from refalign_adapter.alignment.projector import Projectors
 from refalign_adapter.alignment.reference.objective import ReferenceAlignment
 from refalign_adapter.batch import EMBEDDING, REFERENCE, Batch
-from refalign_adapter.branch.attach import ReferenceBranch
+from refalign_adapter.branch.reference_branch import ReferenceBranch
 from refalign_adapter.errors import UserError
 from refalign_adapter.recipes.optimizers import find_optimizer
 from refalign_adapter.training.step import StepOptions, TrainingStep

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .alignment.reference.loss import reference_alignment_loss
-    from .branch.attach import ReferenceBranch, attach
+    from .branch.attach import attach
+    from .branch.reference_branch import ReferenceBranch
     from .branch.reference_cache import ReferenceCache
     from .config import RefAlignConfig
     from .errors import ConfigError, UserError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _SOURCES = {
     "ConfigError": ".errors",
     "RefAlignConfig": ".config",
-    "ReferenceBranch": ".branch.attach",
+    "ReferenceBranch": ".branch.reference_branch",
     "ReferenceCache": ".branch.reference_cache",
     "UserError": ".errors",
     "attach": ".branch.attach",

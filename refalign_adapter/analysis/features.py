@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..batch import moved_text
-from ..branch.attach import ReferenceBranch
+from ..branch.reference_branch import ReferenceBranch
 
 
 @torch.no_grad()

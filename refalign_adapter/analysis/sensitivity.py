@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, CachedSample, moved_text
-from ..branch.attach import ReferenceBranch
+from ..branch.reference_branch import ReferenceBranch
 from ..data.cache.collate import collate
 from ..errors import UserError
 from ..flow import flow_loss, interpolate, velocity_target

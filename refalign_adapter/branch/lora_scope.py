@@ -69,6 +69,19 @@ class LoraScope:
             how = f"set_adapters({name!r})" if off else "enable_lora()"
             raise UserError(f"references: adapter {name!r} is switched off; call {how}, or leave references out")
 
+    def check_not_fused_over(self) -> None:
+        """Refuse references while another LoRA is fused into the adapter's layers: PEFT then passes over this one.
+
+        Raises:
+            UserError: with the way out.
+        """
+        for layer in self.layers:
+            if layer.merged and self.adapter_name not in layer.merged_adapters:
+                raise UserError(
+                    f"references: adapter {self.adapter_name!r} does not act while {list(layer.merged_adapters)} are "
+                    "fused into its layers; call unfuse_lora(), or use references that were encoded before"
+                )
+
     @contextmanager
     def passing(self, module: nn.Module, references: bool) -> Iterator[None]:
         """Have the right LoRAs act inside the context.

@@ -162,6 +162,15 @@ class Pass:
     written: list[tuple[Any, Any]] = field(default_factory=list)
     undo: ExitStack = field(default_factory=ExitStack)
 
+    def given_features(self) -> dict[int, Tensor]:
+        """`features` as (B, M, N, dim) in the order as given, zero where padded; none without references."""
+        references, features = self.references, self.features
+        if references is None:
+            return {}
+        if self.writes:
+            features = {index: references.of_all(tokens) for index, tokens in features.items()}
+        return {index: references.restore(tokens) for index, tokens in features.items()}
+
 
 class BranchState:
     """What the hooks share: the references of the next call, the call that runs, the pass that features are from.

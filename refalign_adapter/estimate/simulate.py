@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..branch.attach import ReferenceBranch, attach
+from ..branch.attach import attach
+from ..branch.reference_branch import ReferenceBranch
 from ..data.cache.options import CacheOptions
 from ..recipes.schema import Recipe
 from ..training.objectives import build_objectives

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..branch.attach import ReferenceBranch, branch_of, branches_of, switched_on
 from ..branch.lora import active_adapters, remove_lora, restore_trainable, trainable_state
+from ..branch.reference_branch import ReferenceBranch, branches_of
+from ..branch.switched_on import branch_of, switched_on
 from ..errors import UserError
 from .exporting import check_exportable
 from .fusing import check_fusible, is_merged, remember_strengths, restore_strengths

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..branch.attach import branches_of
+from ..branch.reference_branch import branches_of
 from ..branch.reference_cache import ReferenceCache
 from ..errors import ConfigError, UserError, shorten
 from ..families.base import Family

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..branch.attach import living_branches
+from ..branch.reference_branch import living_branches
 from ..export.formats import require_scope_all
 
 SAMPLE = 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..branch.attach import branches_of
 from ..branch.lora import active_adapters
 from ..branch.lora_scope import lora_layers
+from ..branch.reference_branch import branches_of
 from ..errors import UserError
 
 

@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..branch.attach import ADAPTER_NAME, ReferenceBranch, branches_of, fit_config, switched_on
+from ..branch.attach import ADAPTER_NAME, fit_config
 from ..branch.lora import active_adapters, remove_lora, restore_trainable, trainable_state
 from ..branch.lora_scope import lora_layers
+from ..branch.reference_branch import ReferenceBranch, branches_of
+from ..branch.switched_on import switched_on
 from ..config import RefAlignConfig
 from ..errors import UserError, shorten
 from ..export.folder import open_adapter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..branch.attach import branches_of
+from ..branch.reference_branch import branches_of
 from ..errors import UserError
 from .base import ReferencePipeline
 from .fusing import check_fusible

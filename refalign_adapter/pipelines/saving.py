@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..branch.attach import branches_of
 from ..branch.lora_scope import lora_layers
+from ..branch.reference_branch import branches_of
 from ..errors import UserError
 
 logger = logging.getLogger(__name__)

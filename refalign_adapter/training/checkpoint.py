@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..alignment.objective import Objective
-from ..branch.attach import ReferenceBranch
+from ..branch.reference_branch import ReferenceBranch
 from ..files import atomic_folder, writing
 from ..json_files import write_json
 from ..tensor_files import save_tensors

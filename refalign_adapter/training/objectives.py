@@ -16,7 +16,7 @@ from ..alignment.objective import Objective
 from ..alignment.projector import Projectors
 from ..alignment.reference.objective import ReferenceAlignment, ReferenceOptions
 from ..batch import REFERENCE
-from ..branch.attach import ReferenceBranch
+from ..branch.reference_branch import ReferenceBranch
 from ..recipes.schema import Recipe
 
 HEADS = "projectors."

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..alignment.objective import Objective
 from ..alignment.schedule import AlignmentSchedule
 from ..batch import REFERENCE
-from ..branch.attach import ReferenceBranch
+from ..branch.reference_branch import ReferenceBranch
 from ..config_checks import MAX_NAME
 from ..errors import UserError, shorten
 from ..export.adapter import adapter_state

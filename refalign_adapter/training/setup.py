@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..alignment.objective import Objective
 from ..batch import REFERENCE
-from ..branch.attach import ReferenceBranch, attach
+from ..branch.attach import attach
+from ..branch.reference_branch import ReferenceBranch
 from ..errors import ConfigError, UserError
 from ..families.base import Family
 from ..recipes.optimizers import build_optimizer, build_scheduler

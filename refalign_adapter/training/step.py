@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..alignment.objective import Context, Features, Objective, problems_of, zero_of
 from ..batch import Batch, StepOutput, moved_text
-from ..branch.attach import ReferenceBranch
+from ..branch.reference_branch import ReferenceBranch
 from ..errors import ConfigError
 from ..flow import TimestepSampling, flow_loss, interpolate, sample_sigmas, velocity_target
 from .taps import video_tokens

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ..analysis.features import Separability, mean_reference_tokens, separability
 from ..analysis.sensitivity import Sensitivity, reference_sensitivity
-from ..branch.attach import ReferenceBranch, attach, branch_of
+from ..branch.attach import attach
+from ..branch.reference_branch import ReferenceBranch
+from ..branch.switched_on import branch_of
 from ..data.cache.dataset import CachedDataset
 from ..export.folder import open_adapter
 from ..families.wan import FAMILY

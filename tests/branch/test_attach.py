@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 
 import refalign_adapter as ra
-from refalign_adapter.branch.attach import branch_of
+from refalign_adapter.branch.switched_on import branch_of
 
 CONFIG = {
     "num_attention_heads": 2,

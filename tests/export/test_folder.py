@@ -40,7 +40,9 @@ def test_folders_of_the_first_version_give_what_they_gave(tmp_path, name):
     assert facts == {"format_version": 1, "attention": values["attention"], "lora_scope": values["lora_scope"]}
 
 
-@pytest.mark.parametrize(("name", "unsaid"), [("joint", ["attention", "lora_scope"]), ("isolated_all", ["lora_scope"])])
+@pytest.mark.parametrize(
+    ("name", "unsaid"), [("joint", ["attention", "lora_scope"]), ("isolated_all", ["lora_scope"])]
+)
 def test_what_a_folder_of_the_first_version_does_not_say_is_what_was_the_default_then(tmp_path, name, unsaid):
     folder = shutil.copytree(OLD / name, tmp_path / "a")
     values = json.loads((folder / "refalign_config.json").read_text())

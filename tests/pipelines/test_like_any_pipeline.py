@@ -57,7 +57,7 @@ def test_a_copy_generates_the_same_and_is_its_own(either, make):
 def test_a_transformer_is_copied_with_its_branch(fresh_pipe):
     branch = fresh_pipe.branch
     other = copy.deepcopy(fresh_pipe.transformer)
-    (copied,) = ra.branch.attach.branches_of(other).values()
+    (copied,) = ra.branch.reference_branch.branches_of(other).values()
     assert copied is not branch
     assert copied.transformer is other
     copied.detach()

@@ -14,8 +14,8 @@ from tiny_adapter import SIZE, anatomy, picture, save_tiny_adapter, velocity, we
 from tiny_models import tiny_pipeline, tiny_transformer
 
 import refalign_adapter as ra
-from refalign_adapter.branch.attach import branch_of
 from refalign_adapter.branch.lora import lora_parameters
+from refalign_adapter.branch.switched_on import branch_of
 from refalign_adapter.pipelines.reference_class import reference_class
 
 PATTERNS: dict[str, Any] = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"ffn.net.2": 3, "attn2.to_k": 16}}

@@ -12,7 +12,8 @@ from tiny_adapter import SIZE, anatomy, picture, save_tiny_adapter, velocity, we
 from tiny_models import tiny_pipeline, tiny_transformer
 
 import refalign_adapter as ra
-from refalign_adapter.branch.attach import branch_of, branches_of
+from refalign_adapter.branch.reference_branch import branches_of
+from refalign_adapter.branch.switched_on import branch_of
 
 KINDS = {
     "joint": {"align_layers": 2},

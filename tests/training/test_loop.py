@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from refalign_adapter.branch.attach import ReferenceBranch
+from refalign_adapter.branch.reference_branch import ReferenceBranch
 from refalign_adapter.data.cache.build import cache_dataset
 from refalign_adapter.data.cache.collate import collate
 from refalign_adapter.data.cache.dataset import open_cache
