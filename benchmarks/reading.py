@@ -30,6 +30,7 @@ from _report import Bar, machine, print_bars, print_machine, print_table, write_
 from _setting import Setting
 from torch import Tensor
 
+from refalign_adapter.atomic import atomic_file
 from refalign_adapter.batch import EMBEDDING, REFERENCE
 from refalign_adapter.data.cache.digests import SETTLED, FileDigests
 from refalign_adapter.data.cache.freshness import check_fresh, write_files
@@ -38,7 +39,6 @@ from refalign_adapter.data.cache.options import CacheOptions
 from refalign_adapter.data.cache.part_file import write_tensor
 from refalign_adapter.data.cache.parts import Expected, PartStore
 from refalign_adapter.errors import UserError
-from refalign_adapter.files import atomic_file
 from refalign_adapter.hashes import hash_of
 
 SHARE = 0.01

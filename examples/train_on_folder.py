@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from refalign_adapter.files import atomic_file
+from refalign_adapter.atomic import atomic_file
 from refalign_adapter.recipes.shipped import copy_recipe
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .atomic import atomic_file
 from .errors import UserError
-from .files import atomic_file
 
 MAX_BYTES = 64 * 2**20
 """Of a file that is read whole. Tables of rows are read line by line and may be larger."""

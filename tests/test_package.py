@@ -21,6 +21,8 @@ LAYERS = [
         "errors",
         "exchange",
         "files",
+        "leftovers",
+        "atomic",
         "json_files",
         "tensor_files",
         "hashes",

@@ -12,7 +12,7 @@ from string import Template
 
 from PIL import Image
 
-from ..files import atomic_file
+from ..atomic import atomic_file
 from ..media.strips import frame_strip
 from .samples import Sample, read_frames
 from .sensitivity import Sensitivity

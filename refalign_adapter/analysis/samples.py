@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import atomic_file
+from ..atomic import atomic_file
 from ..media.strips import PAPER, row
 
 GAP = 6

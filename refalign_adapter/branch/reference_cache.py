@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..atomic import atomic_file
 from ..config_checks import MAX_NAME
 from ..errors import UserError, one_line, shorten
-from ..files import atomic_file
 from ..json_files import parse_json
 from ..tensor_files import save_tensors
 

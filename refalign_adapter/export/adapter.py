@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..atomic import atomic_folder
 from ..config import RefAlignConfig
-from ..files import atomic_folder
 from ..tensor_files import save_tensors
 from .card import model_card
 from .formats import FACTS_KEY, FORMATS, PREFIX, WeightsFormat, format_of, stated_facts

@@ -17,9 +17,10 @@ from ..config import CONFIG_NAME
 from ..data.cache.options import model_id
 from ..errors import ConfigError, UserError
 from ..export.folder import open_adapter
-from ..files import remove_leftovers, require_writable_folder
+from ..files import require_writable_folder
 from ..hashes import file_digest
 from ..json_files import read_json, write_json
+from ..leftovers import remove_leftovers
 from ..media.video_file import write_video
 from ..pipelines.guidance import ALL_STEPS
 from .options import GenerateOptions, check_models, load_pipeline, process_device

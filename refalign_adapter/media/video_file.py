@@ -12,8 +12,8 @@ from typing import Any
 import av
 import numpy as np
 
+from ..atomic import atomic_file
 from ..errors import UserError
-from ..files import atomic_file
 
 
 def write_video(path: str | Path, frames: Any, fps: float) -> None:

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from ..atomic import atomic_file
 from ..config import unknown_key
 from ..errors import ConfigError, UserError, shorten
-from ..files import atomic_file
 from ..json_files import decode_text, read_bytes
 from .checks import cross_field_problems, machine_problems
 from .schema import Recipe, SamplePrompt

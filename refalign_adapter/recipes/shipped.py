@@ -6,8 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
+from ..atomic import atomic_file
 from ..errors import UserError
-from ..files import atomic_file, require_writable_folder
+from ..files import require_writable_folder
 
 CHECKOUT = "recipes"
 _ACCELERATE_FILE = re.compile(r"recipes/accelerate/([\w.-]+\.yaml)")

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from ..alignment.objective import Objective
+from ..atomic import atomic_folder
 from ..branch.reference_branch import ReferenceBranch
-from ..files import atomic_folder, writing
+from ..files import writing
 from ..json_files import write_json
 from ..tensor_files import save_tensors
 from .checkpoint_files import ADAPTER, ROWS, STATE, TRAINING, delete_oldest, make_room, write_checksums

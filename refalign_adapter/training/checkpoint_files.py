@@ -18,9 +18,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import UserError
-from ..files import remove_leftovers, temporary_path
 from ..hashes import file_digest
 from ..json_files import read_json, write_json
+from ..leftovers import remove_leftovers, temporary_path
 
 ADAPTER, TRAINING = "adapter", "training"
 STATE, ROWS, CHECKSUMS = "state.json", "rows.json", "checksums.json"

@@ -17,11 +17,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ..alignment.objective import Objective
+from ..atomic import atomic_folder
 from ..batch import Batch
 from ..data.cache.dataset import UnreadableRowError
 from ..data.cache.prefetch import read_ahead, workers_told
 from ..errors import ReadError
-from ..files import atomic_folder, remove_leftovers, require_writable_folder, writing
+from ..files import require_writable_folder, writing
+from ..leftovers import remove_leftovers
 from ..recipes.file import flat_values, save_recipe
 from ..recipes.schema import Recipe
 from ..signals import stopping_means

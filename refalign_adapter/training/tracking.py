@@ -15,8 +15,9 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from ..atomic import atomic_file
 from ..batch import StepOutput
-from ..files import atomic_file, writing
+from ..files import writing
 from ..signals import tell, terminal_may_be_gone
 
 METRICS_NAME = "metrics.jsonl"

@@ -6,7 +6,7 @@ Unpacking writes the folder that diffusers or transformers load. `tools/world/pr
 
 from pathlib import Path
 
-from ..files import atomic_folder
+from ..atomic import atomic_folder
 from ..json_files import read_json, write_json
 
 ASSETS = Path(__file__).parent / "assets"

@@ -28,8 +28,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ..atomic import atomic_file
 from ..errors import ConfigError, UserError
-from ..files import atomic_file, require_writable_folder
+from ..files import require_writable_folder
 from ..json_files import read_json, write_json
 from .processes import run_module
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..files import atomic_file
+from ..atomic import atomic_file
 from ..media.canvas import prepare_reference
 from .scenes import describe, draw_reference
 from .subjects import Subject, random_subject

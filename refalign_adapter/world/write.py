@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..atomic import atomic_file
 from ..errors import ConfigError
-from ..files import atomic_file, require_writable_folder
+from ..files import require_writable_folder
 from .scenes import Clip, draw_clip
 from .subjects import SPLITS
 

@@ -19,7 +19,7 @@ from refalign_adapter.data.cache.digests import DIGESTS_NAME
 from refalign_adapter.data.cache.lock import LOCK_NAME
 from refalign_adapter.data.cache.verify import verify_cache
 from refalign_adapter.errors import ConfigError, UserError
-from refalign_adapter.files import remove_leftovers
+from refalign_adapter.leftovers import remove_leftovers
 from refalign_adapter.recipes.cache_options import options_of
 from refalign_adapter.recipes.file import load_recipe
 

@@ -114,7 +114,7 @@ def test_killed_while_the_adapter_changes_places_one_is_there(tmp_path):
     code = """
 import itertools, sys
 from pathlib import Path
-from refalign_adapter.files import atomic_folder
+from refalign_adapter.atomic import atomic_folder
 target = Path(sys.argv[1])
 for number in itertools.count():
     with atomic_folder(target) as temporary:

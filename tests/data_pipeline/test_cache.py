@@ -27,7 +27,7 @@ from refalign_adapter.data.cache.lock import LOCK_NAME
 from refalign_adapter.data.cache.parts import PartStore
 from refalign_adapter.data.sources.manifest import load_manifest
 from refalign_adapter.errors import ConfigError, UserError
-from refalign_adapter.files import HOST
+from refalign_adapter.leftovers import HOST
 from refalign_adapter.media.canvas import prepare_reference
 from refalign_adapter.media.images import read_image, read_mask
 from refalign_adapter.media.video import read_video

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from small_disk import fill, small_disk
 from tiny_adapter import picture
 
-from refalign_adapter import files
+from refalign_adapter import atomic
 from refalign_adapter.errors import UserError
 from refalign_adapter.training import loop
 from refalign_adapter.training.checkpoint_files import find_checkpoint, list_checkpoints
@@ -78,21 +78,21 @@ def test_a_folder_that_turns_read_only(make_recipe, tmp_path, monkeypatch, strai
 
 def test_a_quota(make_recipe, tmp_path, monkeypatch, straight):
     """No file system with quotas can be had here: what the system says is put in its mouth."""
-    sync = files._sync
+    sync = atomic._sync
 
     def over_quota(path):
         if "checkpoint-4" in str(path):
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
         sync(path)
 
-    monkeypatch.setattr(files, "_sync", over_quota)
+    monkeypatch.setattr(atomic, "_sync", over_quota)
     line = refused(make_recipe(*FAST))
     assert "checkpoint-4" in line
     assert "(Disk quota exceeded); free some of your quota; stopped at step 4, " in line
     assert line.endswith(LATEST)
     assert [path.name for path in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-2"]
     assert list((tmp_path / "out").glob(".*.tmp")) == []
-    monkeypatch.setattr(files, "_sync", sync)
+    monkeypatch.setattr(atomic, "_sync", sync)
     train(make_recipe(*FAST, "resume_from_checkpoint=latest"))
     assert same(tmp_path / "out" / WEIGHTS, straight)
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from refalign_adapter.errors import UserError
-from refalign_adapter.files import HOST
+from refalign_adapter.leftovers import HOST
 from refalign_adapter.recipes.file import load_recipe
 from refalign_adapter.training.checkpoint_files import find_checkpoint
 from refalign_adapter.training.loop import train
@@ -209,7 +209,8 @@ def test_patterns_that_match_nothing_are_one_line_of_ours(make_recipe, tmp_path,
 LEAVER = """
 import sys, time
 from pathlib import Path
-from refalign_adapter.files import atomic_file, atomic_folder, temporary_path
+from refalign_adapter.atomic import atomic_file, atomic_folder
+from refalign_adapter.leftovers import temporary_path
 out = Path(sys.argv[1])
 with (
     atomic_folder(out / "checkpoint-4") as checkpoint, atomic_folder(out / "adapter") as adapter,

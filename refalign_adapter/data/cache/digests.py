@@ -18,8 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ...atomic import atomic_file
 from ...errors import UserError
-from ...files import atomic_file, require_regular
+from ...files import require_regular
 from ...hashes import file_digest
 from ...json_files import parse_json
 

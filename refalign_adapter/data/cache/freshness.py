@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ...atomic import atomic_file
 from ...batch import REFERENCE
 from ...errors import UserError, shorten
-from ...files import atomic_file
 from ...json_files import parse_json
 from .digests import FileDigests
 from .encoders import version_of

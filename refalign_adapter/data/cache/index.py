@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from ...alignment.objective import NAME
+from ...atomic import atomic_file
 from ...batch import EMBEDDING, REFERENCE
 from ...errors import ReadError, UserError
-from ...files import atomic_file, require_regular
+from ...files import require_regular
 from ...hashes import file_digest, hash_of
 from ...json_files import parse_json, read_bytes, write_json
 from .entries import REMEDY, IndexEntry, entry_of, is_count, line_of, text_keys

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from ...alignment.objective import NAME
+from ...atomic import atomic_file
 from ...batch import REFERENCE
 from ...errors import ReadError, UserError
-from ...files import atomic_file, remove_leftovers, require_regular
+from ...files import require_regular
+from ...leftovers import remove_leftovers
 from .part_file import Header, all_finite, checksum, read_header, read_tensor, write_tensor
 
 PARTS = ("video", "references", "text", "teacher", "tokens")
@@ -227,7 +229,7 @@ class PartStore:
         return [*PARTS, *sorted(found)]
 
     def remove_leftovers(self) -> None:
-        """Delete what killed runs left half-written; see `files.remove_leftovers`."""
+        """Delete what killed runs left half-written; see `leftovers.remove_leftovers`."""
         for folder in (self.folder, *(self.folder / part for part in self.part_names())):
             remove_leftovers(folder)
 

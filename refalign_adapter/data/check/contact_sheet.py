@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ...atomic import atomic_folder
 from ...errors import UserError
-from ...files import atomic_folder, require_writable_folder
+from ...files import require_writable_folder
 from ...json_files import write_json
 from ..cache.options import CacheOptions
 from ..cache.prefetch import in_workers
