@@ -17,7 +17,8 @@ from ..config import unknown_key
 from ..errors import ConfigError, UserError, shorten
 from ..json_files import decode_text, read_bytes
 from .checks import cross_field_problems, machine_problems
-from .schema import Recipe, SamplePrompt
+from .schema import Recipe
+from .sections import SamplePrompt
 from .yaml_text import parse_yaml
 
 PLACEHOLDER = "?"

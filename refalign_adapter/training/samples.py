@@ -19,7 +19,8 @@ from ..media.sizes import Size
 from ..media.video_file import write_video
 from ..pipelines.reference_class import build_pipeline
 from ..recipes.cache_options import options_of
-from ..recipes.schema import Recipe, SamplePrompt
+from ..recipes.schema import Recipe
+from ..recipes.sections import SamplePrompt
 from ..signals import tell
 from .base_model import FIELD
 

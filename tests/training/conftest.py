@@ -12,6 +12,8 @@ from refalign_adapter.data.cache.build import cache_dataset
 from refalign_adapter.recipes.cache_options import options_of
 from refalign_adapter.recipes.file import load_recipe
 
+MINIMAL = "pretrained_model_name_or_path: base\noutput_dir: out\ndata: {cache_dir: cache}\n"
+
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
@@ -27,6 +29,18 @@ def make_recipe(tiny_world, tmp_path):
         return load_recipe(tiny_world / "recipe.yaml", [f"output_dir={tmp_path / 'out'}", *overrides])
 
     return make
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """`recipe_file("more: yaml")`: a file with what a recipe must say and more; returns its path."""
+
+    def write(text="", head=MINIMAL):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(head + text)
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")
