@@ -157,7 +157,7 @@ class RefAlignConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str | None = None) -> RefAlignConfig:
-        """Build a config from a dict; unknown keys are refused with the nearest known name.
+        """Build a config from what `to_dict` gave; unknown keys are refused with the nearest known name.
 
         Raises:
             ConfigError: lists every problem at once.
@@ -166,6 +166,8 @@ class RefAlignConfig:
             raise ConfigError([f"expected a mapping of fields, got {type(values).__name__}"], source)
         known = [item.name for item in dataclasses.fields(cls)]
         problems = [unknown_key(name, known) for name in values if name not in known]
+        if values.get("lora_scope", "") is None:  # what is written names it
+            problems.append("lora_scope must be 'reference' or 'all', got None")
         config = None
         try:
             config = cls(**{name: value for name, value in values.items() if name in known})

@@ -150,6 +150,12 @@ def test_a_misspelt_key_is_told_with_the_nearest_one():
         ra.RefAlignConfig.from_dict({"lora_alhpa": 3}, source="file")
 
 
+def test_a_scope_that_is_written_is_named():
+    with pytest.raises(ra.ConfigError, match="file: lora_scope must be 'reference' or 'all', got None"):
+        ra.RefAlignConfig.from_dict({"attention": "isolated", "lora_scope": None}, source="file")
+    assert ra.RefAlignConfig(attention="isolated", lora_scope=None).lora_scope == "reference"
+
+
 def test_what_is_saved_is_read_back(tmp_path):
     config = ra.RefAlignConfig(
         r=8, align_layers=[0, 4], target_modules=["to_q"], teachers=["a", "b"], base={"family": "wan"}

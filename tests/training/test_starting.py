@@ -107,7 +107,7 @@ OTHERS = {
 @pytest.mark.parametrize("change", OTHERS)
 def test_another_adapter_is_refused_as_a_start(finished, make_recipe, tmp_path, change):
     with pytest.raises(UserError, match=f"^init_adapter: .*{OTHERS[change]}") as told:
-        build(make_recipe, tmp_path, f"init_adapter={finished / 'adapter'}", change)
+        build(make_recipe, tmp_path, f"init_adapter={finished / 'adapter'}", "adapter.lora_scope=all", change)
     (line,) = str(told.value).splitlines()
     assert line.endswith("; use the adapter section it was trained with")
 
