@@ -21,7 +21,8 @@ from ..errors import UserError, shorten
 from ..export.adapter import save_adapter
 from ..export.formats import require_scope_all
 from ..export.hub import push_adapter
-from ..families.base import Family, load_family
+from ..families.base import Family
+from ..families.lookup import load_family
 from .attention import ReferenceAttention
 from .fingerprint import Fingerprint
 from .isolated import IsolatedAttention

@@ -22,7 +22,8 @@ from refalign_adapter.alignment.reference.objective import REFERENCE, ReferenceA
 from refalign_adapter.batch import Batch
 from refalign_adapter.branch.rewired import Rewired
 from refalign_adapter.families._base_model import read_base_model
-from refalign_adapter.families.base import known_families, load_family, loading_options
+from refalign_adapter.families.base import loading_options
+from refalign_adapter.families.lookup import PLUGINS, load_family
 from refalign_adapter.families.wan import FAMILY as WAN
 from refalign_adapter.media.canvas import prepare_reference
 from refalign_adapter.training.step import StepOptions, TrainingStep
@@ -58,7 +59,7 @@ def pipe(case):
 
 def test_every_family_has_a_case():
     assert {name: case.family.key for name, case in CASES.items()} == {name: name for name in CASES}
-    assert set(known_families()) <= set(CASES)
+    assert set(PLUGINS.known()) <= set(CASES)
 
 
 def test_it_is_found_as_object_and_by_dotted_path(case, pipe):
@@ -68,7 +69,7 @@ def test_it_is_found_as_object_and_by_dotted_path(case, pipe):
 
 
 def test_those_of_this_package_are_found_by_model_class_name_and_key():
-    for key, family in known_families().items():
+    for key, family in PLUGINS.known().items():
         transformer = CASES[key].pipeline().transformer
         assert load_family(transformer) is load_family(type(transformer).__name__) is family
         assert load_family(transformer, key) is family
