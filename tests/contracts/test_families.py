@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from family_case import MODES, Case, F, H, W, draw
-from tiny_adapter import SIZE, anatomy, picture
-from tiny_models import TRANSFORMER, tiny_pipeline
+from tiny_adapter import anatomy, picture
+from tiny_models import TRANSFORMER, tiny_pipeline, tiny_pipeline_of_22
 from tiny_toy import tiny_toy_pipeline
 from toy_video_dit import FAMILY as TOY
 
@@ -38,8 +38,11 @@ WAN_13B = TRANSFORMER | {
 }
 WAN_14B = WAN_13B | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 
+WAN_5B = WAN_13B | {"num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
+
 CASES = {
     "wan": Case(WAN, tiny_pipeline, {"1.3B": (WAN_13B, 1_418_996_800), "14B": (WAN_14B, 14_288_491_584)}),
+    "wan 2.2 5B": Case(WAN, tiny_pipeline_of_22, {"5B": (WAN_5B, 4_999_787_712)}),
     "toy": Case(TOY, tiny_toy_pipeline),
 }
 modes = pytest.mark.parametrize("mode", MODES, ids="/".join)
@@ -58,7 +61,7 @@ def pipe(case):
 
 
 def test_every_family_has_a_case():
-    assert {name: case.family.key for name, case in CASES.items()} == {name: name for name in CASES}
+    assert all(name.split()[0] == case.family.key for name, case in CASES.items())
     assert set(PLUGINS.known()) <= set(CASES)
 
 
@@ -116,7 +119,7 @@ def test_the_geometry_is_consistent(case, pipe):
 
 def test_latents_are_normalised_as_the_pipeline_undoes_it(case, pipe):
     family = case.family
-    video = torch.rand(1, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    video = torch.rand(1, 3, *case.size(pipe), generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = family.encode_video(pipe, video)
     mean, std = (
         torch.tensor(getattr(pipe.vae.config, f"latents_{name}")).view(1, -1, 1, 1, 1) for name in ("mean", "std")
@@ -273,7 +276,7 @@ def test_references_have_the_same_first_keys_alone_and_in_the_videos_sequence(ca
     branch.detach()
     joint, branch = case.attached("joint", "all")
     arguments, seen = case.arguments(joint), []
-    latents = draw(2, 16, F, H, W)
+    latents = draw(2, case.family.channels(joint), F, H, W)
     zero = case.family.forward_arguments(joint, latents, torch.zeros(2), case.family.no_text(joint, latents))
     arguments[case.family.timestep_argument] = zero[case.family.timestep_argument]
 
@@ -463,7 +466,9 @@ def trained_adapter(case, mode, folder):
     config = ra.RefAlignConfig(attention=mode[0], lora_scope=mode[1], r=4, align_layers=2, max_sequence_length=16)
     branch = ra.attach(transformer, config, family=family, seed=0)
     generator = torch.Generator().manual_seed(2)
-    video, images = (torch.rand(2, 3, *size, generator=generator) * 2 - 1 for size in ((5, 32, 48), (32, 48)))
+    video, images = (
+        torch.rand(2, 3, *size, generator=generator) * 2 - 1 for size in (case.size(pipe), case.size(pipe)[1:])
+    )
     batch = Batch(
         keys=["a", "b"],
         latents=family.encode_video(pipe, video),
@@ -495,7 +500,7 @@ def test_a_trained_adapter_is_loaded_and_generates_by_the_formula(case, mode, tm
     pipe.set_progress_bar_config(disable=True)
     family, transformer = case.family, pipe.transformer
     text, negative = (family.encode_text(pipe, [prompt], 16) for prompt in ("a cat", "ugly"))
-    x = draw(1, 16, 2, 4, 6, seed=4)
+    x = draw(1, family.channels(transformer), 2, 4, 6, seed=4)
 
     def arguments(x, sigma, text):
         return family.forward_arguments(transformer, x, torch.tensor([sigma]), text)
@@ -508,14 +513,16 @@ def test_a_trained_adapter_is_loaded_and_generates_by_the_formula(case, mode, tm
         "image_guidance_scale": 4.0,
         "num_inference_steps": 2,
         "output_type": "latent",
-        **SIZE,
+        **case.named_size(pipe),
     }
     got = pipe("a cat", **given).frames
     batched = pipe("a cat", batch_guidance=True, **given).frames
     embeds = {name: value for name, value in given.items() if name != "negative_prompt"}
     by_embeds = pipe(**embeds, **family.pipeline_text(text, negative)).frames
 
-    references = torch.cat([encoded(family, pipe, image) for image in given["reference_images"]], 2)
+    references = torch.cat(
+        [encoded(family, pipe, image, *case.size(pipe)[1:]) for image in given["reference_images"]], 2
+    )
     pipe.scheduler.set_timesteps(2)
     sigmas = pipe.scheduler.sigmas.tolist()
 
@@ -534,9 +541,9 @@ def test_a_trained_adapter_is_loaded_and_generates_by_the_formula(case, mode, tm
         torch.testing.assert_close(frames, expected, atol=5e-5, rtol=1e-4)
 
 
-def encoded(family, pipe, image):
+def encoded(family, pipe, image, height, width):
     """(1, C, 1, H, W) latents of a reference as the pipeline encodes it."""
-    canvas = np.array(prepare_reference(image, height=SIZE["height"], width=SIZE["width"]))
+    canvas = np.array(prepare_reference(image, height=height, width=width))
     pixels = torch.from_numpy(canvas).permute(2, 0, 1)[None] / 127.5 - 1
     return family.encode_images(pipe, pixels).unsqueeze(2)
 
@@ -552,7 +559,7 @@ def test_named_adapters_are_switched_and_unloaded(case, tmp_path):
     pipe = ra.load_adapter(base, tmp_path / "one", "one", family=case.family)
     pipe = ra.load_adapter(pipe, tmp_path / "two", "two", family=case.family)
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 1, "output_type": "latent", "guidance_scale": 1.0, **SIZE}
+    options = {"num_inference_steps": 1, "output_type": "latent", "guidance_scale": 1.0, **case.named_size(pipe)}
     videos = []
     for name in ("one", "two", "one"):
         pipe.set_adapters(name)
