@@ -1,6 +1,6 @@
 """Every DiT family through one case table: what is promised of references holds for each of its rows.
 
-A new family is one row of `CASES`; a family of another package can take this file, its own row in it.
+A new family is one row of `family_cases.CASES`; a family of another package can take these files, its own row in them.
 """
 
 import copy
@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from family_case import MODES, Case, F, H, W, draw
+from family_case import MODES, F, H, W, draw
+from family_cases import CASES
 from tiny_adapter import anatomy, picture
-from tiny_models import TRANSFORMER, tiny_pipeline, tiny_pipeline_of_22
 from tiny_toy import tiny_toy_pipeline
-from toy_video_dit import FAMILY as TOY
 
 import refalign_adapter as ra
 from refalign_adapter.alignment.projector import Projectors
@@ -24,27 +23,9 @@ from refalign_adapter.branch.rewired import Rewired
 from refalign_adapter.families._base_model import read_base_model
 from refalign_adapter.families.base import loading_options
 from refalign_adapter.families.lookup import PLUGINS, load_family
-from refalign_adapter.families.wan import FAMILY as WAN
 from refalign_adapter.media.canvas import prepare_reference
 from refalign_adapter.training.step import StepOptions, TrainingStep
 
-WAN_13B = TRANSFORMER | {
-    "num_attention_heads": 12,
-    "attention_head_dim": 128,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 8960,
-    "num_layers": 30,
-}
-WAN_14B = WAN_13B | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
-
-WAN_5B = WAN_13B | {"num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
-
-CASES = {
-    "wan": Case(WAN, tiny_pipeline, {"1.3B": (WAN_13B, 1_418_996_800), "14B": (WAN_14B, 14_288_491_584)}),
-    "wan 2.2 5B": Case(WAN, tiny_pipeline_of_22, {"5B": (WAN_5B, 4_999_787_712)}),
-    "toy": Case(TOY, tiny_toy_pipeline),
-}
 modes = pytest.mark.parametrize("mode", MODES, ids="/".join)
 isolated_modes = pytest.mark.parametrize("mode", [mode for mode in MODES if mode[0] == "isolated"], ids="/".join)
 
@@ -546,6 +527,17 @@ def encoded(family, pipe, image, height, width):
     canvas = np.array(prepare_reference(image, height=height, width=width))
     pixels = torch.from_numpy(canvas).permute(2, 0, 1)[None] / 127.5 - 1
     return family.encode_images(pipe, pixels).unsqueeze(2)
+
+
+def test_without_references_the_video_is_the_stock_pipelines_bit_for_bit(case, tmp_path):
+    case.attached("isolated", "reference")[1].save_pretrained(tmp_path / "adapter")
+    videos = []
+    for pipe in (case.pipeline(), ra.load_adapter(case.pipeline(), tmp_path / "adapter", family=case.family)):
+        pipe.set_progress_bar_config(disable=True)
+        options = {"guidance_scale": 5.0, "num_inference_steps": 2, "output_type": "latent", **case.named_size(pipe)}
+        options |= {"max_sequence_length": 16, "generator": torch.Generator().manual_seed(0)}
+        videos.append(pipe(prompt="a cat", negative_prompt="ugly", **options).frames)
+    assert torch.equal(*videos)
 
 
 def test_named_adapters_are_switched_and_unloaded(case, tmp_path):
