@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .config_checks import field_problems, is_plain
+from .config_checks import default_scope, field_problems, is_plain
 from .errors import ConfigError, UserError, shorten
 from .json_files import read_json, write_json
 
@@ -24,6 +24,8 @@ FORMAT_KEY, WRITER_KEY = "format_version", "refalign_adapter_version"
 MAX_BYTES = 2**20
 """Of the file; an adapter with patterns for every layer of a large model has some ten thousand bytes."""
 PACKAGE = "refalign-adapter"
+FIRST = {"attention": "joint", "lora_scope": "all"}
+"""What a file that does not say them means: they were the defaults of the version that wrote it."""
 LATER = {
     "reference_place": "origin",
     "reference_size": None,
@@ -47,11 +49,12 @@ class RefAlignConfig:
     """An adapter: how references reach the DiT, which weights are trained, what they are aligned to.
 
     Args:
-        attention: "joint": references ride in the video's own sequence (RefAlign, arXiv 2603.25743). "isolated": each
-            reference runs alone, as a one-frame clip at timestep 0 without text, and video tokens read its keys and
-            values, which are computed once per video.
-        lora_scope: "all": the LoRA acts on video and reference tokens alike. "reference" (isolated only): on reference
-            tokens alone, so that the base stays itself.
+        attention: "isolated": each reference runs alone, as a one-frame clip at timestep 0 without text, and video
+            tokens read its keys and values, which are computed once per video. "joint": references ride in the video's
+            own sequence (RefAlign, arXiv 2603.25743).
+        lora_scope: "reference" (isolated only): the LoRA acts on reference tokens alone, so that the base stays
+            itself. "all": on video and reference tokens alike. None: "reference" with isolated attention, "all" with
+            joint; once made, a config says which.
         reference_frame: temporal index of the first reference, from -1 on, the others count up from it (isolated
             only); None: the one after the video's last latent frame, as in the paper, so that keys and values depend
             on the video's length.
@@ -85,9 +88,13 @@ class RefAlignConfig:
     """
 
     attention: str = _setting(
-        "joint", "how references reach the DiT: joint = in the video's own sequence, isolated = by keys and values"
+        "isolated", "how references reach the DiT: isolated = by keys and values, joint = in the video's own sequence"
     )
-    lora_scope: str = _setting("all", "tokens the LoRA acts on: all, or reference (with isolated attention)")
+    lora_scope: str = _setting(
+        None,
+        "tokens the LoRA acts on: all, or reference (with isolated attention); null = reference with isolated "
+        "attention, all with joint",
+    )
     reference_frame: int | None = _setting(
         None, "temporal index of the first reference, from -1 on; null = after the video's frames"
     )
@@ -124,6 +131,8 @@ class RefAlignConfig:
             value = getattr(self, name)
             if isinstance(value, (list, set)):
                 object.__setattr__(self, name, tuple(value))
+        if self.lora_scope is None:
+            object.__setattr__(self, "lora_scope", default_scope(self.attention))
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         if problems := list(field_problems(values)):
             raise ConfigError(problems)
@@ -197,7 +206,7 @@ class RefAlignConfig:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The fields in a `refalign_config.json`, not checked yet; the versions are taken out.
+    """The fields in a `refalign_config.json`, not checked yet; the versions are taken out, those of `FIRST` filled in.
 
     Raises:
         UserError: no such file, not a JSON object, or of a newer format.
@@ -215,7 +224,7 @@ def read_values(path: Path) -> dict[str, Any]:
             f"adapter: {str(path)!r} has format {shorten(form)}, newer than what {metadata.version(PACKAGE)} "
             f"reads; pip install {wanted}"
         )
-    return values
+    return FIRST | values
 
 
 def public_name(name: str) -> str:

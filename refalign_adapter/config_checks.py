@@ -10,7 +10,7 @@ from typing import Any
 from .errors import shorten
 
 ATTENTIONS = {"joint": ("all",), "isolated": ("reference", "all")}
-"""Attention -> the LoRA scopes it can have."""
+"""Attention -> the LoRA scopes it can have; the first is the one of an adapter that does not say."""
 LAST_FRAME = 1000
 """Rotary tables of video DiTs end a little later (Wan: 1,024 frames)."""
 CHOICES = {
@@ -42,6 +42,11 @@ _PLAIN = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 def is_plain(name: Any) -> bool:
     """Whether this is a layer's dotted name, or its end, and no regular expression."""
     return isinstance(name, str) and len(name) <= MAX_NAME and _PLAIN.fullmatch(name) is not None
+
+
+def default_scope(attention: Any) -> str | None:
+    """The LoRA scope of an adapter that does not say it; None with an attention that there is not."""
+    return ATTENTIONS[attention][0] if isinstance(attention, str) and attention in ATTENTIONS else None
 
 
 def field_problems(values: dict[str, Any]) -> Iterator[str]:

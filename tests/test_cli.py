@@ -22,7 +22,9 @@ def world(tmp_path_factory):
     """A folder with a base, an adapter and a reference."""
     folder = tmp_path_factory.mktemp("world")
     save_tiny_pipeline(folder / "base")
-    branch = ra.attach(tiny_transformer(), ra.RefAlignConfig(r=2, align_layers=2, max_sequence_length=16), seed=0)
+    branch = ra.attach(
+        tiny_transformer(), ra.RefAlignConfig(attention="joint", r=2, align_layers=2, max_sequence_length=16), seed=0
+    )
     branch.save_pretrained(folder / "adapter")
     write_reference(folder / "a.png")
     write_reference(folder / "b.png", seed=1)
@@ -113,7 +115,9 @@ def test_a_base_of_no_known_family(fails, world, tmp_path):
 
 
 def test_an_adapter_made_for_another_base(fails, tmp_path):
-    branch = ra.attach(tiny_transformer(num_layers=2), ra.RefAlignConfig(r=2, align_layers=2), seed=0)
+    branch = ra.attach(
+        tiny_transformer(num_layers=2), ra.RefAlignConfig(attention="joint", r=2, align_layers=2), seed=0
+    )
     branch.save_pretrained(tmp_path / "other")
     (line,) = fails(*generation(adapter=tmp_path / "other"))
     assert "made for another base" in line
@@ -182,7 +186,7 @@ RECIPE = """
 pretrained_model_name_or_path: base
 output_dir: training
 data: {{train_data: {data}, cache_dir: {cache}, height: 32, width: 32, num_frames: 5, fps: 8}}
-adapter: {{r: 2, align_layers: 2, teachers: [{teacher}], max_sequence_length: 16}}
+adapter: {{attention: joint, r: 2, align_layers: 2, teachers: [{teacher}], max_sequence_length: 16}}
 """
 
 

@@ -1,5 +1,6 @@
 """RefAlignConfig: all problems at once, JSON round trip."""
 
+import dataclasses
 import json
 
 import pytest
@@ -16,9 +17,41 @@ def test_every_problem_is_told_at_once():
     assert "attention must be one of ['isolated', 'joint'], got 'jiont'" in caught.value.problems
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, ("isolated", "reference")),
+        ({"lora_scope": "all"}, ("isolated", "all")),
+        ({"attention": "isolated"}, ("isolated", "reference")),
+        ({"attention": "joint"}, ("joint", "all")),
+    ],
+)
+def test_an_adapter_is_isolated_and_its_scope_follows_its_attention_unless_it_says_otherwise(fields, expected):
+    config = ra.RefAlignConfig(**fields)
+    assert (config.attention, config.lora_scope) == expected
+    assert ra.RefAlignConfig.from_dict(config.to_dict()) == config == dataclasses.replace(config)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ({}, ("joint", "all")),
+        ({"attention": "isolated"}, ("isolated", "all")),
+        ({"attention": "isolated", "lora_scope": "reference"}, ("isolated", "reference")),
+    ],
+)
+def test_a_file_that_does_not_say_them_means_the_first_versions_defaults(tmp_path, said, meant):
+    (tmp_path / "refalign_config.json").write_text(json.dumps({"r": 4, **said}))
+    config = ra.RefAlignConfig.load(tmp_path)
+    assert (config.attention, config.lora_scope, config.r) == (*meant, 4)
+    config.save(tmp_path)
+    assert ra.RefAlignConfig.load(tmp_path) == config
+
+
 def test_what_only_isolated_attention_has_is_refused_with_joint():
     with pytest.raises(ra.ConfigError) as caught:
         ra.RefAlignConfig(
+            attention="joint",
             reference_frame=-1,
             reference_place="beyond",
             reference_scale=0.5,
@@ -29,7 +62,7 @@ def test_what_only_isolated_attention_has_is_refused_with_joint():
     names = ("reference_frame", "reference_place", "reference_scale", "drop_background")
     assert [problem.split(" needs attention='isolated'")[0] for problem in caught.value.problems] == list(names)
     with pytest.raises(ra.ConfigError, match=r"lora_scope must be one of \['all'\] with attention='joint'"):
-        ra.RefAlignConfig(lora_scope="reference")
+        ra.RefAlignConfig(attention="joint", lora_scope="reference")
     with pytest.raises(ra.ConfigError) as caught:
         ra.RefAlignConfig(attention="isolated", reference_frame=-2, reference_scale=0, drop_background=1)
     assert len(caught.value.problems) == 3
@@ -43,7 +76,7 @@ LATER = {
     "reference_size": [512, 384],
     "null_reference": "zeros",
     "reference_frame": -1,
-    "attention": "isolated",
+    "lora_scope": "all",
 }
 
 
@@ -52,7 +85,7 @@ def test_fields_that_came_later_are_read_back_and_written_only_where_they_say_so
     values = json.loads((tmp_path / "refalign_config.json").read_text())
     later = ("reference_place", "reference_size", "reference_timestep", "null_reference")
     assert not set(later) & set(values)
-    for fields in (LATER, {"reference_timestep": "clean"}, {"r": 0}):
+    for fields in (LATER, {"attention": "joint", "reference_timestep": "clean"}, {"r": 0}):
         config = ra.RefAlignConfig(**fields)
         config.save(tmp_path)
         assert ra.RefAlignConfig.load(tmp_path) == config
@@ -108,7 +141,7 @@ def test_fields_that_came_later_are_read_back_and_written_only_where_they_say_so
 )
 def test_what_those_fields_cannot_be_is_one_line(fields, problem):
     with pytest.raises(ra.ConfigError) as caught:
-        ra.RefAlignConfig(**{"attention": "isolated"} | fields)
+        ra.RefAlignConfig(**fields)
     assert caught.value.problems == [problem]
 
 

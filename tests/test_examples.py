@@ -33,7 +33,9 @@ def load(name):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    branch = ra.attach(tiny_transformer(), ra.RefAlignConfig(r=2, align_layers=2, max_sequence_length=16), seed=0)
+    branch = ra.attach(
+        tiny_transformer(), ra.RefAlignConfig(attention="joint", r=2, align_layers=2, max_sequence_length=16), seed=0
+    )
     return branch.save_pretrained(folder / "adapter")
 
 

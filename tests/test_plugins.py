@@ -140,7 +140,7 @@ def test_one_that_fails_does_not_hide_another(installed):
 
 def test_a_built_in_key_is_not_taken_over(installed, monkeypatch):
     installed(families={"wan": "toy_video_dit:FAMILY"})
-    assert ra.attach(tiny_transformer(), ra.RefAlignConfig(r=2, align_layers=1)).family.key == "wan"
+    assert ra.attach(tiny_transformer(), ra.RefAlignConfig(attention="joint", r=2, align_layers=1)).family.key == "wan"
     reason = "the plug-in 'wan' of package-0 1.0 has a built-in one's name; rename it, or uninstall that package"
     assert line_of(families.load_family, None, "wan") == f"family: {reason}"
     assert line_of(ra.attach, tiny_toy_pipeline().transformer).endswith(reason)
@@ -205,7 +205,7 @@ def test_an_adapter_names_no_code(installed, tmp_path, monkeypatch):
     """What a file says of its family is compared; a path in it is no path."""
     installed()
     pipe = tiny_toy_pipeline()
-    config = ra.RefAlignConfig(r=2, align_layers=1, max_sequence_length=16)
+    config = ra.RefAlignConfig(attention="joint", r=2, align_layers=1, max_sequence_length=16)
     folder = ra.attach(pipe.transformer, config, family=FAMILY).save_pretrained(tmp_path / "adapter")
     written = json.loads((folder / "refalign_config.json").read_text())
     assert written["base"]["family"] == "toy"
@@ -325,7 +325,7 @@ def test_an_installed_package_works_unnamed(environment, names, tmp_path):
 
 @pytest.mark.slow
 def test_commands_know_an_installed_package(environment, names, tmp_path):
-    config = ra.RefAlignConfig(r=2, align_layers=1, max_sequence_length=16)
+    config = ra.RefAlignConfig(attention="joint", r=2, align_layers=1, max_sequence_length=16)
     ra.attach(tiny_toy_pipeline().transformer, config, family=FAMILY).save_pretrained(tmp_path / "adapter")
     command = [sys.executable, "-m", "refalign_adapter"]
     listed = run(*command, "doctor", env={**environment, "COLUMNS": "200"}, cwd=tmp_path)

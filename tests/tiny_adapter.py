@@ -14,7 +14,13 @@ from refalign_adapter.export.formats import FORMATS
 SIZE = {"height": 32, "width": 48, "num_frames": 5}
 """Of the smallest interesting video: 2 latent frames of 4 x 6, 2 x 3 tokens each."""
 
-CONFIG: dict[str, Any] = {"r": 4, "lora_alpha": 8, "align_layers": 2, "max_sequence_length": 16}
+CONFIG: dict[str, Any] = {
+    "attention": "joint",
+    "r": 4,
+    "lora_alpha": 8,
+    "align_layers": 2,
+    "max_sequence_length": 16,
+}
 
 
 OF_DIFFUSERS = {"_hf_peft_config_loaded", "_diffusers_hook", "_safe_fusing", "lora_scale"}
@@ -22,7 +28,7 @@ OF_DIFFUSERS = {"_hf_peft_config_loaded", "_diffusers_hook", "_safe_fusing", "lo
 
 
 def save_tiny_adapter(folder: str | Path, transformer: Any = None, **changes: Any) -> Path:
-    """Write an adapter for `tiny_transformer()`; `changes` are fields of its config."""
+    """Write a joint adapter for `tiny_transformer()`, or what `changes` of its config's fields make of it."""
     transformer = tiny_transformer() if transformer is None else transformer
     branch = ra.attach(transformer, ra.RefAlignConfig(**CONFIG | changes), seed=0)
     generator = torch.Generator().manual_seed(1)

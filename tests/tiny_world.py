@@ -32,6 +32,7 @@ def make_world(folder: Path) -> Path:
         "checkpointing_steps": 3,
         "report_to": None,
         "adapter": {
+            "attention": "joint",
             "r": 4,
             "lora_alpha": 4,
             "lora_dropout": 0.1,

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, model_validator
 
 from ..alignment.schedule import AlignmentSchedule
 from ..config import RefAlignConfig
+from ..config_checks import default_scope
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -51,7 +52,11 @@ def _adapter_fields() -> dict[str, Any]:
         if "help" in item.metadata:
             made = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore
             default = list(made) if isinstance(made, tuple) else made
-            fields[item.name] = (_with_lists(hints[item.name]), Field(default, description=item.metadata["help"]))
+            hint = _with_lists(hints[item.name])
+            fields[item.name] = (
+                hint if default is not None else hint | None,
+                Field(default, description=item.metadata["help"]),
+            )
     return fields
 
 
@@ -72,6 +77,15 @@ else:
 
 class AdapterSection(_AdapterFields):
     """What the adapter is; see `RefAlignConfig`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_scope(cls, values: Any) -> Any:
+        """As in `RefAlignConfig`: what reads or saves a recipe finds the scope, whether it was given or not."""
+        if not isinstance(values, dict) or values.get("lora_scope") is not None:
+            return values
+        attention = values.get("attention", cls.model_fields["attention"].default)
+        return values | {"lora_scope": default_scope(attention)}
 
     @property
     def without_references_is_base(self) -> bool:

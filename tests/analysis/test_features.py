@@ -12,7 +12,9 @@ from refalign_adapter.batch import EMBEDDING
 
 @pytest.fixture(scope="module")
 def branch():
-    return attach(tiny_transformer(), RefAlignConfig(r=4, lora_alpha=4, align_layers=[0, 2]), seed=0)
+    return attach(
+        tiny_transformer(), RefAlignConfig(attention="joint", r=4, lora_alpha=4, align_layers=[0, 2]), seed=0
+    )
 
 
 def test_mean_tokens_are_those_of_a_plain_call(branch):

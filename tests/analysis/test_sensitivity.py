@@ -26,7 +26,7 @@ def make_samples(counts: list[int], shape: tuple[int, ...] = (16, 2, 4, 4), seed
 @pytest.fixture(scope="module")
 def branch():
     transformer = tiny_transformer(num_layers=2)
-    branch = attach(transformer, RefAlignConfig(r=4, lora_alpha=4, align_layers=1), seed=0)
+    branch = attach(transformer, RefAlignConfig(attention="joint", r=4, lora_alpha=4, align_layers=1), seed=0)
     for name, parameter in branch.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
@@ -68,7 +68,7 @@ def test_rows_without_references_say_nothing(branch):
 
 
 def test_none_is_zeros_where_the_adapter_has_them_in_their_place():
-    config = RefAlignConfig(r=4, lora_alpha=4, align_layers=1, null_reference="zeros")
+    config = RefAlignConfig(attention="joint", r=4, lora_alpha=4, align_layers=1, null_reference="zeros")
     branch = attach(tiny_transformer(num_layers=2), config, seed=0)
     samples = make_samples([2, 2])
     result = reference_sensitivity(branch, samples, sigmas=(0.5,), seed=0)

@@ -31,7 +31,7 @@ WAN_2_1 = {
     "freq_dim": 256,
     "cross_attn_norm": True,
 }
-SMALL = ra.RefAlignConfig(r=4, align_layers=2)
+SMALL = ra.RefAlignConfig(attention="joint", r=4, align_layers=2)
 
 
 def build(dtype=torch.float32):
@@ -134,7 +134,7 @@ def test_only_the_lora_trains_and_it_is_float32(dtype):
 def test_the_real_configurations_get_lora_of_the_expected_shapes_and_size(sizes, megabytes):
     with torch.device("meta"):
         transformer = WanTransformer3DModel(**WAN_2_1 | sizes)
-        branch = ra.attach(transformer, ra.RefAlignConfig(r=64))
+        branch = ra.attach(transformer, ra.RefAlignConfig(attention="joint", r=64))
     dim, ffn = sizes["num_attention_heads"] * 128, sizes["ffn_dim"]
     expected = {}
     for block in range(sizes["num_layers"]):
@@ -155,9 +155,15 @@ def test_the_real_configurations_get_lora_of_the_expected_shapes_and_size(sizes,
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ra.RefAlignConfig(align_layers=3), "align_layers reaches block 2, but the model has 2 blocks"),
-        (ra.RefAlignConfig(align_layers=1, target_modules=["nothing"]), "target_modules"),
-        (ra.RefAlignConfig(align_layers=1, base={"family": "wan", "num_layers": 40}), "made for another base"),
+        (
+            ra.RefAlignConfig(attention="joint", align_layers=3),
+            "align_layers reaches block 2, but the model has 2 blocks",
+        ),
+        (ra.RefAlignConfig(attention="joint", align_layers=1, target_modules=["nothing"]), "target_modules"),
+        (
+            ra.RefAlignConfig(attention="joint", align_layers=1, base={"family": "wan", "num_layers": 40}),
+            "made for another base",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_and_leaves_nothing(config, message):

@@ -347,7 +347,7 @@ def test_bad_references_are_refused_in_one_line():
     with pytest.raises(ra.UserError, match=r"tokens must have shape \(B, M, rows, columns\)"):
         branch.references(draw(1, C, 1, H, W), tokens=torch.ones(1, 2, 4, 4, dtype=torch.bool))
     with pytest.raises(ra.UserError, match="joint"):
-        ra.attach(tiny_transformer(), ra.RefAlignConfig(r=4, align_layers=1)).encode_references(
+        ra.attach(tiny_transformer(), ra.RefAlignConfig(attention="joint", r=4, align_layers=1)).encode_references(
             draw(1, C, 1, H, W), frames=F
         )
     cache = branch.encode_references(draw(2, C, 1, H, W), frames=F)

@@ -44,7 +44,7 @@ def call(transformer, tensors, **changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_prediction_and_features_equal_the_released_code(official, dtype):
     transformer, tensors = build(official, dtype)
-    branch = ra.attach(transformer, ra.RefAlignConfig(r=4, align_layers=3), seed=0)
+    branch = ra.attach(transformer, ra.RefAlignConfig(attention="joint", r=4, align_layers=3), seed=0)
     branch.capture = True
     with torch.no_grad(), branch.references(tensors["in.reference_latents"]):
         out = call(transformer, tensors)
@@ -59,7 +59,7 @@ def test_prediction_and_features_equal_the_released_code(official, dtype):
 
 def test_positional_arguments_and_return_dict_do_the_same(official):
     transformer, tensors = build(official)
-    branch = ra.attach(transformer, ra.RefAlignConfig(r=4, align_layers=3), seed=0)
+    branch = ra.attach(transformer, ra.RefAlignConfig(attention="joint", r=4, align_layers=3), seed=0)
     with torch.no_grad(), branch.references(tensors["in.reference_latents"]):
         expected = call(transformer, tensors)
         positional = transformer(tensors["in.latents"], tensors["in.timestep"], tensors["in.text"])
@@ -70,7 +70,7 @@ def test_without_references_a_fresh_branch_gives_the_base_output(official):
     transformer, tensors = build(official)
     with torch.no_grad():
         plain = call(transformer, tensors)
-        branch = ra.attach(transformer, ra.RefAlignConfig(r=4, align_layers=3), seed=0)
+        branch = ra.attach(transformer, ra.RefAlignConfig(attention="joint", r=4, align_layers=3), seed=0)
         assert torch.equal(call(transformer, tensors), plain)
         with branch.references(None):
             assert torch.equal(call(transformer, tensors), plain)
@@ -93,7 +93,7 @@ def random_lora(branch, generator):
 def test_a_sample_in_a_mixed_batch_gets_what_it_gets_alone(official, mask):
     transformer, tensors = build(official, torch.float64)
     generator = torch.Generator().manual_seed(0)
-    branch = ra.attach(transformer, ra.RefAlignConfig(r=4, align_layers=[0, 2]), seed=0)
+    branch = ra.attach(transformer, ra.RefAlignConfig(attention="joint", r=4, align_layers=[0, 2]), seed=0)
     random_lora(branch, generator)
     branch.capture = True
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -116,7 +116,7 @@ def test_a_sample_in_a_mixed_batch_gets_what_it_gets_alone(official, mask):
 
 def test_references_of_another_size_are_refused_and_leave_nothing_behind(official):
     transformer, tensors = build(official)
-    branch = ra.attach(transformer, ra.RefAlignConfig(r=4, align_layers=3), seed=0)
+    branch = ra.attach(transformer, ra.RefAlignConfig(attention="joint", r=4, align_layers=3), seed=0)
     with torch.no_grad():
         plain = call(transformer, tensors)
         with branch.references(torch.randn(1, 16, 2, 4, 4)), pytest.raises(ra.UserError, match="must fit the video"):
@@ -133,14 +133,14 @@ def test_references_of_another_size_are_refused_and_leave_nothing_behind(officia
 )
 def test_wrong_shapes_are_told(official, latents, mask, message):
     transformer, _ = build(official)
-    branch = ra.attach(transformer, ra.RefAlignConfig(r=4, align_layers=3))
+    branch = ra.attach(transformer, ra.RefAlignConfig(attention="joint", r=4, align_layers=3))
     with pytest.raises(ra.UserError, match=message):
         branch.references(latents, mask)
 
 
 def test_an_exception_inside_a_block_leaves_no_state(official):
     transformer, tensors = build(official)
-    branch = ra.attach(transformer, ra.RefAlignConfig(r=4, align_layers=3), seed=0)
+    branch = ra.attach(transformer, ra.RefAlignConfig(attention="joint", r=4, align_layers=3), seed=0)
     with torch.no_grad():
         plain = call(transformer, tensors)
         handle = transformer.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)

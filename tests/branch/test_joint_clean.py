@@ -18,7 +18,7 @@ def draw(*shape, seed=0):
 
 def build(timestep="clean"):
     transformer = tiny_transformer().double()
-    config = ra.RefAlignConfig(r=4, align_layers=2, reference_timestep=timestep)
+    config = ra.RefAlignConfig(attention="joint", r=4, align_layers=2, reference_timestep=timestep)
     branch = ra.attach(transformer, config, seed=0)
     for index, (name, parameter) in enumerate(branch.named_parameters()):
         parameter.data = parameter.data.double()

@@ -37,7 +37,9 @@ def in_thread(task):
 @pytest.fixture(params=["joint", "isolated"])
 def adapted(request):
     transformer = tiny_transformer()
-    return transformer, ra.attach(transformer, ra.RefAlignConfig(attention=request.param, r=4, align_layers=1), seed=0)
+    return transformer, ra.attach(
+        transformer, ra.RefAlignConfig(attention=request.param, lora_scope="all", r=4, align_layers=1), seed=0
+    )
 
 
 def test_a_second_thread_is_refused_while_references_wait(adapted):

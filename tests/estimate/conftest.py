@@ -78,6 +78,7 @@ def tiny(tmp_path_factory):
         "min_8bit_size": 16,
         "report_to": None,
         "adapter": {
+            "attention": "joint",
             "r": 4,
             "lora_alpha": 4,
             "align_layers": 2,

@@ -14,6 +14,7 @@ CASES = {
     "augmented variants": ["data.reference_variants=3", "data.dtype=fp16"],
     "economical": [
         "adapter.attention=isolated",
+        "adapter.lora_scope=all",
         "adapter.reference_scale=0.5",
         "adapter.drop_background=true",
         "data.teacher_grid=native",

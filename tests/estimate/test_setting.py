@@ -27,7 +27,9 @@ def test_rows_elsewhere_are_not_known_and_not_fetched(setting_of, source):
 
 
 def test_shapes_are_those_of_the_largest_size(setting_of):
-    setting = setting_of("data.buckets=[5x32x48, 9x48x64, 21x32x32]", "adapter.attention=isolated")
+    setting = setting_of(
+        "data.buckets=[5x32x48, 9x48x64, 21x32x32]", "adapter.attention=isolated", "adapter.lora_scope=all"
+    )
     assert setting.shapes.latents == (16, 3, 6, 8)
     assert setting.shapes.reference == (16, 6, 8)
     smaller = setting.changed({"adapter.reference_scale": 0.5, "data.buckets": None, "data.num_frames": 1})

@@ -17,7 +17,7 @@ ISOLATED = ("adapter.attention=isolated", "adapter.lora_scope=reference")
 CASES = {
     "joint": (),
     "isolated": ISOLATED,
-    "isolated, all": ("adapter.attention=isolated",),
+    "isolated, all": ("adapter.attention=isolated", "adapter.lora_scope=all"),
     "checkpointed": (*ISOLATED, "gradient_checkpointing=true"),
     "joint, checkpointed": ("gradient_checkpointing=true",),
     "accumulating batches of 2": ("train_batch_size=2", "gradient_accumulation_steps=2"),

@@ -7,7 +7,7 @@ from refalign_adapter.estimate.setting import Asked, read_setting
 from refalign_adapter.estimate.ways_out import ways_out
 from refalign_adapter.recipes.file import load_recipe
 
-ISOLATED = ("adapter.attention=isolated", "train_batch_size=2", "data.num_frames=21")
+ISOLATED = ("adapter.attention=isolated", "adapter.lora_scope=all", "train_batch_size=2", "data.num_frames=21")
 
 
 def keys(ways):
@@ -38,7 +38,9 @@ def test_each_way_has_the_total_of_the_recipe_with_it(setting_of, tiny):
 
 @pytest.mark.slow
 def test_where_none_is_enough_they_are_taken_together(setting_of):
-    setting = setting_of("adapter.attention=isolated", "alignment.weight=0", "data.num_frames=9")
+    setting = setting_of(
+        "adapter.attention=isolated", "adapter.lora_scope=all", "alignment.weight=0", "data.num_frames=9"
+    )
     alone = ways_out(setting, 10**12, lambda _: None)
     *same, together = ways_out(setting, min(way.total for way in alone) - 1, lambda _: None)
     assert keys(same) == keys(alone)

@@ -75,14 +75,14 @@ def test_a_card_of_the_reference_scope_names_its_one_loader_and_what_cannot_be()
 
 def test_a_card_of_the_scope_all_shows_diffusers_own_loader_too():
     for attention in ("joint", "isolated"):
-        card = model_card(ra.RefAlignConfig(attention=attention), "you/adapter")
+        card = model_card(ra.RefAlignConfig(attention=attention, lora_scope="all"), "you/adapter")
         assert 'base.load_lora_weights("you/adapter")' in snippets(card)[1]
         assert "videos without references differ from the base's" in card
 
 
 def test_what_references_cost_and_how_they_are_seen_is_that_of_the_attention():
-    assert "about as much as one more latent frame" in model_card(ra.RefAlignConfig())
-    assert "reference canvas" not in model_card(ra.RefAlignConfig())
+    assert "about as much as one more latent frame" in model_card(ra.RefAlignConfig(attention="joint"))
+    assert "reference canvas" not in model_card(ra.RefAlignConfig(attention="joint"))
     isolated = {"attention": "isolated", "reference_scale": 0.5, "drop_background": True, "reference_frame": 40}
     card = model_card(ra.RefAlignConfig(**isolated))
     assert "once per video; every step then reads their keys and values" in card
@@ -92,10 +92,10 @@ def test_what_references_cost_and_how_they_are_seen_is_that_of_the_attention():
 
 
 def test_what_came_later_is_told_where_it_is_not_the_default():
-    default = model_card(ra.RefAlignConfig()) + model_card(ra.RefAlignConfig(attention="isolated"))
+    default = model_card(ra.RefAlignConfig()) + model_card(ra.RefAlignConfig(attention="joint"))
     place = {"reference_frame": -1, "reference_place": "beyond", "reference_size": [512, 384]}
     isolated = model_card(ra.RefAlignConfig(attention="isolated", null_reference="zeros", **place))
-    joint = model_card(ra.RefAlignConfig(reference_timestep="clean"))
+    joint = model_card(ra.RefAlignConfig(attention="joint", reference_timestep="clean"))
     for card, row in (
         (isolated, "| first reference's frame | -1 |"),
         (isolated, "| references' rows and columns | begin where the video's end |"),
@@ -110,7 +110,7 @@ def test_what_came_later_is_told_where_it_is_not_the_default():
 
 
 def test_front_matter():
-    card = model_card(ra.RefAlignConfig(base_model=BASE, base={"family": "wan", "num_layers": 30}))
+    card = model_card(ra.RefAlignConfig(attention="joint", base_model=BASE, base={"family": "wan", "num_layers": 30}))
     assert card.startswith("---\n")
     assert front_matter(card) == {
         "base_model": BASE,

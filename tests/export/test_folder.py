@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,16 @@ def test_folders_of_the_first_version_give_what_they_gave(tmp_path, name):
     with safe_open(weights_of(folder), "pt") as file:
         facts = json.loads(file.metadata()[FACTS_KEY])
     assert facts == {"format_version": 1, "attention": values["attention"], "lora_scope": values["lora_scope"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "unsaid"), [("joint", ["attention", "lora_scope"]), ("isolated_all", ["lora_scope"])]
+)
+def test_what_a_folder_of_the_first_version_does_not_say_is_what_was_the_default_then(tmp_path, name, unsaid):
+    folder = shutil.copytree(OLD / name, tmp_path / "a")
+    values = json.loads((folder / "refalign_config.json").read_text())
+    (folder / "refalign_config.json").write_text(json.dumps({k: v for k, v in values.items() if k not in unsaid}))
+    assert open_adapter(folder).config == open_adapter(OLD / name).config
 
 
 def test_regular_expressions_of_a_recipe_are_saved_as_the_names_they_mean(tmp_path):
@@ -88,7 +99,7 @@ def test_no_local_path_is_written(tmp_path):
 def lora(folder):
     folder.mkdir(parents=True, exist_ok=True)
     pipe = tiny_pipeline()
-    ra.attach(pipe.transformer, ra.RefAlignConfig(r=2, align_layers=1))
+    ra.attach(pipe.transformer, ra.RefAlignConfig(attention="joint", r=2, align_layers=1))
     pipe.save_lora_weights(str(folder), transformer_lora_layers=_state(pipe.transformer))
 
 

@@ -17,7 +17,7 @@ from refalign_adapter.export.folder import open_adapter
 from refalign_adapter.export.formats import FORMATS, REFERENCE, STOCK, format_of, require_scope_all
 
 SCOPED = {"attention": "isolated", "lora_scope": "reference", "align_layers": 1}
-CONFIGS = {"all": {"align_layers": 1}, "reference": SCOPED}
+CONFIGS = {"all": {"attention": "joint", "align_layers": 1}, "reference": SCOPED}
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_the_hub_is_asked_for_both_names(tmp_path, monkeypatch, folders):
 
 def test_formats_that_cannot_hold_the_scope_are_refused_with_the_reason():
     for attention in ("joint", "isolated"):
-        config = ra.RefAlignConfig(attention=attention)
+        config = ra.RefAlignConfig(attention=attention, lora_scope="all")
         require_scope_all(config, "format")
         assert format_of(config) is STOCK
     config = ra.RefAlignConfig(attention="isolated", lora_scope="reference")

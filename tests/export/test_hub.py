@@ -51,7 +51,7 @@ def test_repository_files_and_card(hub):
 
 
 def test_a_branch_pushes_itself(hub):
-    branch = ra.attach(tiny_transformer(), ra.RefAlignConfig(r=2, align_layers=1))
+    branch = ra.attach(tiny_transformer(), ra.RefAlignConfig(attention="joint", r=2, align_layers=1))
     branch.push_to_hub("you/adapter")
     assert [item[0] for item in hub] == ["token", "create", "upload"]
 

@@ -21,7 +21,7 @@ from refalign_adapter.json_files import MAX_DEPTH
 
 CONFIG = "refalign_config.json"
 SCOPES = {
-    "all": {},
+    "all": {"attention": "joint"},
     "reference": {"attention": "isolated", "lora_scope": "reference", "align_layers": 1},
 }
 
@@ -328,6 +328,8 @@ def test_training_reads_an_adapter_as_strictly(folder):
     from refalign_adapter.training.restore import load_initial_weights
 
     set_lora(folder, use_dora=True)
-    branch = ra.attach(tiny_pipeline().transformer, ra.RefAlignConfig(r=4, lora_alpha=8, align_layers=1))
+    branch = ra.attach(
+        tiny_pipeline().transformer, ra.RefAlignConfig(attention="joint", r=4, lora_alpha=8, align_layers=1)
+    )
     with pytest.raises(ra.UserError, match=r"init_adapter.*use_dora|use_dora"):
         load_initial_weights(str(folder), branch, None)

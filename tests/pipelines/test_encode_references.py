@@ -101,9 +101,11 @@ def test_another_adapter_or_weight_is_told_before_any_model_runs(isolated_adapte
     pipe = ra.load_adapter(tiny_pipeline(), folder)
     pipe.set_progress_bar_config(disable=True)
     mine = pipe.encode_references(IMAGES, **SIZE)
-    other = ra.load_adapter(tiny_pipeline(), save_tiny_adapter(tmp_path / "b", attention="isolated", lora_alpha=2))
+    other = ra.load_adapter(
+        tiny_pipeline(), save_tiny_adapter(tmp_path / "b", attention="isolated", lora_scope="all", lora_alpha=2)
+    )
     wider = ra.load_adapter(
-        tiny_pipeline(num_layers=4), save_tiny_adapter(tmp_path / "c", wide(), attention="isolated")
+        tiny_pipeline(num_layers=4), save_tiny_adapter(tmp_path / "c", wide(), attention="isolated", lora_scope="all")
     )
     with calls_of(pipe.transformer) as calls:
         for cache, message in (

@@ -134,7 +134,7 @@ def canvas_latents(pipe, images, **changes):
 
 def test_smaller_canvases_for_references(tmp_path):
     pipe = ra.load_adapter(
-        tiny_pipeline(), save_tiny_adapter(tmp_path / "a", attention="isolated", reference_scale=0.5)
+        tiny_pipeline(), save_tiny_adapter(tmp_path / "a", attention="isolated", lora_scope="all", reference_scale=0.5)
     )
     pipe.set_progress_bar_config(disable=True)
     calls, cache = canvas_latents(pipe, IMAGES, height=64, width=96)
@@ -168,7 +168,7 @@ def test_a_canvas_of_their_own_whatever_the_videos(tmp_path):
 
 
 def test_a_canvas_that_cannot_be_cut_into_tokens_is_refused_at_loading(tmp_path):
-    folder = save_tiny_adapter(tmp_path / "a", attention="isolated", reference_size=[40, 30])
+    folder = save_tiny_adapter(tmp_path / "a", attention="isolated", lora_scope="all", reference_size=[40, 30])
     base = tiny_pipeline()
     before = anatomy(base.transformer)
     with pytest.raises(ra.UserError) as caught:

@@ -20,7 +20,7 @@ from refalign_adapter.pipelines.reference_class import reference_class
 
 PATTERNS: dict[str, Any] = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"ffn.net.2": 3, "attn2.to_k": 16}}
 SCOPES: dict[str, dict[str, Any]] = {
-    "all": {},
+    "all": {"attention": "joint"},
     "reference": {"attention": "isolated", "lora_scope": "reference", "align_layers": 1},
 }
 

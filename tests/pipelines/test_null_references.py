@@ -13,7 +13,7 @@ from refalign_adapter.pipelines.references import load_canvases
 KINDS = {
     "joint": {},
     "isolated, reference": {"attention": "isolated", "lora_scope": "reference"},
-    "isolated, all": {"attention": "isolated", "drop_background": True},
+    "isolated, all": {"attention": "isolated", "lora_scope": "all", "drop_background": True},
 }
 
 

@@ -16,7 +16,7 @@ from refalign_adapter.branch.attach import branch_of, branches_of
 
 KINDS = {
     "joint": {"align_layers": 2},
-    "isolated": {"attention": "isolated", "align_layers": 1, "r": 2, "lora_alpha": 6},
+    "isolated": {"attention": "isolated", "lora_scope": "all", "align_layers": 1, "r": 2, "lora_alpha": 6},
     "scoped": {"attention": "isolated", "lora_scope": "reference", "align_layers": 1},
     "scoped2": {"attention": "isolated", "lora_scope": "reference", "align_layers": 2, "r": 3, "reference_frame": 7},
 }
@@ -389,7 +389,9 @@ def test_a_base_that_contains_an_adapter_takes_no_other(folders):
 
 
 def test_one_that_is_being_trained_can_be_beside_a_loaded_one(base, folders):
-    branch = ra.attach(base.transformer, ra.RefAlignConfig(r=2, align_layers=1), adapter_name="trained", seed=0)
+    branch = ra.attach(
+        base.transformer, ra.RefAlignConfig(attention="joint", r=2, align_layers=1), adapter_name="trained", seed=0
+    )
     trainable = [name for name, parameter in base.transformer.named_parameters() if parameter.requires_grad]
     pipe = ra.load_adapter(base, folders["scoped"])
     assert pipe.get_active_adapters() == ["refalign"]

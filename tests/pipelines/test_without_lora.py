@@ -69,7 +69,7 @@ def test_videos_are_those_of_a_lora_that_does_nothing(folder, tmp_path):
 def test_attaching_and_detaching_leaves_the_transformer_as_it_was():
     transformer = tiny_transformer()
     before, plain = anatomy(transformer), velocity(transformer)
-    branch = ra.attach(transformer, ra.RefAlignConfig(r=0, align_layers=1))
+    branch = ra.attach(transformer, ra.RefAlignConfig(attention="joint", r=0, align_layers=1))
     assert branch.config.target_modules is None
     references = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(1))
     with branch.references(references):
@@ -164,6 +164,6 @@ def test_saving_over_an_adapter_with_weights_takes_them_away(adapter, tmp_path):
     import shutil
 
     there = shutil.copytree(adapter, tmp_path / "there")
-    branch = ra.attach(tiny_transformer(), ra.RefAlignConfig(r=0, align_layers=1))
+    branch = ra.attach(tiny_transformer(), ra.RefAlignConfig(attention="joint", r=0, align_layers=1))
     branch.save_pretrained(there)
     assert open_adapter(there).shapes == {}

@@ -29,7 +29,8 @@ def base(tmp_path_factory):
 
 
 def recipe_for(base, quantization):
-    adapter = {"r": 4, "lora_alpha": 4, "align_layers": len(BLOCKS), "teachers": ["teacher"]}
+    lora = {"r": 4, "lora_alpha": 4}
+    adapter = {"attention": "joint", **lora, "align_layers": len(BLOCKS), "teachers": ["teacher"]}
     places = {"pretrained_model_name_or_path": str(base), "output_dir": "out", "data": {"cache_dir": "cache"}}
     return Recipe.model_validate({**places, "adapter": adapter, "quantization": quantization})
 

@@ -4,6 +4,7 @@ from dataclasses import astuple
 
 import pytest
 
+from refalign_adapter.config import RefAlignConfig
 from refalign_adapter.errors import ConfigError, UserError
 from refalign_adapter.recipes import optimizers
 from refalign_adapter.recipes.cache_options import options_of
@@ -39,8 +40,24 @@ def test_defaults_are_the_papers_where_it_gives_them(recipe_file):
     )
     assert (recipe.alignment.weight, recipe.alignment.negative_weight, recipe.alignment.negative_margin) == (1, 1, 1)
     assert (recipe.adapter.align_layers, recipe.adam_weight_decay, recipe.optimizer) == (9, 0.01, "adamw8bit")
-    assert astuple(recipe.dropout_shares()) == (0.1, 0.1, 0.1)
     assert recipe.ema_decay is None
+
+
+def test_an_adapter_that_is_not_spoken_of_is_that_of_the_configuration(recipe_file):
+    recipe = load_recipe(recipe_file())
+    assert recipe.adapter_config() == RefAlignConfig(base_model="base")
+    assert (recipe.adapter.attention, recipe.adapter.lora_scope) == ("isolated", "reference")
+    assert load_recipe(recipe_file(), ["adapter.attention=isolated", "adapter.lora_scope=null"]) == recipe
+    joint = load_recipe(recipe_file(), ["adapter.attention=joint"])
+    assert joint.adapter_config() == RefAlignConfig(attention="joint", base_model="base")
+    assert joint.adapter.lora_scope == "all"
+    assert problems(recipe_file(), "adapter.attention=joint", "adapter.lora_scope=reference") == [
+        "adapter.lora_scope must be one of ['all'] with attention='joint', got 'reference'"
+    ]
+    assert problems(recipe_file(), "adapter.lora_scope=3") == ["adapter.lora_scope should be a valid string, got 3"]
+    assert problems(recipe_file(), "adapter.attention=[joint]") == [
+        "adapter.attention should be a valid string, got ['joint']"
+    ]
 
 
 def test_values_are_yaml_with_numbers_and_words_as_people_write_them(recipe_file):
@@ -200,9 +217,10 @@ REFERENCE_SCOPE = ("adapter.attention=isolated", "adapter.lora_scope=reference")
 @pytest.mark.parametrize(
     ("overrides", "shares"),
     [
-        ((), (0.1, 0.1, 0.1)),
-        (("dropout.text=0", "dropout.both=0.3"), (0, 0.1, 0.3)),
-        (("adapter.attention=isolated",), (0.1, 0.1, 0.1)),
+        ((), (0.1, 0, 0)),
+        (("adapter.attention=joint",), (0.1, 0.1, 0.1)),
+        (("adapter.attention=joint", "dropout.text=0", "dropout.both=0.3"), (0, 0.1, 0.3)),
+        (("adapter.attention=isolated", "adapter.lora_scope=all"), (0.1, 0.1, 0.1)),
         (REFERENCE_SCOPE, (0.1, 0, 0)),
         ((*REFERENCE_SCOPE, "dropout.text=0.4", "dropout.references=0", "dropout.both=0.0"), (0.4, 0, 0)),
         ((*REFERENCE_SCOPE, "adapter.null_reference=zeros"), (0.1, 0.1, 0.1)),
@@ -245,7 +263,7 @@ def test_the_adapter_and_its_cache_agree_on_references(recipe_file):
     assert problems(recipe_file(), "adapter.attention=isolated", "adapter.reference_size=[512]") == [
         "adapter.reference_size must be [height, width] in pixels, each in [1, 4096], or null, got [512]"
     ]
-    assert problems(recipe_file(), "adapter.drop_background=true") == [
+    assert problems(recipe_file(), "adapter.attention=joint", "adapter.drop_background=true") == [
         "adapter.drop_background needs attention='isolated', got True with 'joint'"
     ]
 
@@ -291,10 +309,9 @@ def test_where_references_stand_is_the_adapters(recipe_file):
     places = ("adapter.attention=isolated", "adapter.reference_frame=-1", "adapter.reference_place=beyond")
     config = load_recipe(recipe_file(), places).adapter_config()
     assert (config.reference_frame, config.reference_place) == (-1, "beyond")
-    assert (
-        load_recipe(recipe_file(), ["adapter.reference_timestep=clean"]).adapter_config().reference_timestep == "clean"
-    )
-    assert problems(recipe_file(), "adapter.reference_place=beyond") == [
+    clean = ("adapter.attention=joint", "adapter.reference_timestep=clean")
+    assert load_recipe(recipe_file(), clean).adapter_config().reference_timestep == "clean"
+    assert problems(recipe_file(), "adapter.attention=joint", "adapter.reference_place=beyond") == [
         "adapter.reference_place needs attention='isolated', got 'beyond' with 'joint'"
     ]
 

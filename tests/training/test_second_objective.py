@@ -21,7 +21,7 @@ from refalign_adapter.training.loop import DATA_WAIT, endless_batches, optimizer
 from refalign_adapter.training.setup import build_accelerator, build_run
 from refalign_adapter.training.tracking import LossMeter, read_metrics
 
-ALL = ["adapter.attention=isolated"]  # a LoRA in both passes
+ALL = ["adapter.attention=isolated", "adapter.lora_scope=all"]  # a LoRA in both passes
 OPTIONS = ["max_train_steps=2", "checkpointing_steps=1", "validation_steps=1", "gradient_accumulation_steps=1"]
 PROJECTORS = "training/projectors.safetensors"
 

@@ -17,12 +17,13 @@ KEEP = {"text_dropout": 0.0, "reference_dropout": 0.0, "both_dropout": 0.0}
 
 
 LOSS_OPTIONS = {field.name for field in dataclasses.fields(ReferenceOptions)}
+JOINT = {"attention": "joint"}
 ISOLATED = {"attention": "isolated", "lora_scope": "reference"}
 
 
-def build_step(teachers=("first",), align_layers=2, adapter=None, **options):
+def build_step(teachers=("first",), align_layers=2, adapter=JOINT, **options):
     transformer = tiny_transformer()
-    config = ra.RefAlignConfig(r=4, align_layers=align_layers, teachers=teachers, **adapter or {})
+    config = ra.RefAlignConfig(r=4, align_layers=align_layers, teachers=teachers, **adapter)
     branch = ra.attach(transformer, config, seed=0)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in branch.named_parameters():
@@ -148,7 +149,7 @@ def test_small_references_with_some_of_their_tokens_reach_branch_and_loss():
 def test_the_gate_multiplies_each_samples_term_by_sigma_to_the_power(economical):
     batch = economical_batch() if economical else make_batch()
     sigmas = torch.tensor([0.3, 0.8])
-    adapter = ISOLATED if economical else None
+    adapter = ISOLATED if economical else JOINT
     plain, gated = build_step(adapter=adapter), build_step(adapter=adapter, timestep_gate=3.0)
     output = run(gated, batch, sigmas=sigmas)
     alignment = output.loss - output.flow
@@ -290,7 +291,7 @@ def test_without_projectors_the_step_is_the_flow_loss():
     assert output.logs == {}
 
 
-NULLS = {"joint": {}, "isolated": ISOLATED, "isolated, all": {"attention": "isolated"}}
+NULLS = {"joint": JOINT, "isolated": ISOLATED, "isolated, all": ISOLATED | {"lora_scope": "all"}}
 
 
 @pytest.mark.parametrize("adapter", NULLS.values(), ids=NULLS)

@@ -21,10 +21,10 @@ from refalign_adapter.training.step import StepOptions, TrainingStep
 from refalign_adapter.training.tracking import read_metrics
 
 ADAPTERS = {
-    "joint": {},
-    "joint, zeros": {"null_reference": "zeros"},
+    "joint": {"attention": "joint"},
+    "joint, zeros": {"attention": "joint", "null_reference": "zeros"},
     "isolated": {"attention": "isolated", "lora_scope": "reference"},
-    "isolated, all": {"attention": "isolated"},
+    "isolated, all": {"attention": "isolated", "lora_scope": "all"},
     "isolated, zeros": {"attention": "isolated", "lora_scope": "reference", "null_reference": "zeros"},
 }
 EMPTY_TEXT = {EMBEDDING: torch.zeros(5, 32)}

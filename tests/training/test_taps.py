@@ -8,9 +8,9 @@ import refalign_adapter as ra
 from refalign_adapter.training.taps import video_tokens
 
 ADAPTERS = {
-    "joint": {},
+    "joint": {"attention": "joint"},
     "isolated": {"attention": "isolated", "lora_scope": "reference"},
-    "isolated, all": {"attention": "isolated"},
+    "isolated, all": {"attention": "isolated", "lora_scope": "all"},
 }
 FRAMES = {"two frames": 2, "one frame, as many tokens as a reference": 1}
 BLOCKS = (0, 2)
@@ -90,7 +90,7 @@ def test_values_and_gradients_are_those_of_plain_hooks_with_and_without_checkpoi
 
 
 def test_hooks_are_there_while_they_are_needed_alone():
-    branch = ra.attach(tiny_transformer(), ra.RefAlignConfig(r=4, align_layers=2), seed=0)
+    branch = ra.attach(tiny_transformer(), ra.RefAlignConfig(attention="joint", r=4, align_layers=2), seed=0)
     transformer, blocks = branch.transformer, branch.family.blocks(branch.transformer)
 
     def count():
@@ -111,7 +111,7 @@ def test_hooks_are_there_while_they_are_needed_alone():
 
 
 def test_what_is_kept_of_a_joint_sequence_holds_no_reference():
-    branch = ra.attach(tiny_transformer(), ra.RefAlignConfig(r=4, align_layers=2), seed=0)
+    branch = ra.attach(tiny_transformer(), ra.RefAlignConfig(attention="joint", r=4, align_layers=2), seed=0)
     video, text = torch.zeros(1, 16, 2, 6, 8), torch.zeros(1, 5, 32)
     with (
         video_tokens(branch.transformer, branch.family, (1,), (2, 3, 4)) as tokens,

@@ -177,7 +177,7 @@ def test_mistakes_are_told_at_once_and_nothing_is_written(tiny_world, tmp_path, 
             r"^resume_from_checkpoint: no checkpoint in .* is whole: checkpoint-3 \(it lacks training/state.json\)",
         ),
         (
-            ["adapter.attention=isolated", "adapter.reference_size=[33,48]"],
+            ["adapter.attention=isolated", "adapter.lora_scope=all", "adapter.reference_size=[33,48]"],
             r"^adapter.reference_size must be a multiple of what a token covers, \[16, 16\] pixels, got \[33, 48\]",
         ),
         (["train_batch_size=64"], r"^train_batch_size: a step takes 64 samples"),
