@@ -186,9 +186,10 @@ def _let_weigh(model_class: str) -> None:
     out over blocks; they fail at classes that are not in it, where later ones take the weights as they are.
     """
     if Version(diffusers_version) < WEIGHS_ANY_MODEL:
-        from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING
+        from diffusers.loaders import peft
 
-        _SET_ADAPTER_SCALE_FN_MAPPING.setdefault(model_class, lambda _, weights: weights)
+        table: Any = peft._SET_ADAPTER_SCALE_FN_MAPPING
+        table.setdefault(model_class, lambda _, weights: weights)
 
 
 @contextmanager
