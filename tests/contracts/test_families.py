@@ -565,6 +565,17 @@ def test_named_adapters_are_switched_and_unloaded(case, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.transformer.state_dict().items())
 
 
+def test_its_adapters_are_weighed_where_diffusers_has_a_table_of_models_without_it(case, tmp_path, monkeypatch):
+    """As it has before 0.38, without the models of plug-ins."""
+    monkeypatch.setattr("refalign_adapter.pipelines.adapters.diffusers_version", "0.37.1")
+    monkeypatch.setattr("diffusers.loaders.peft._SET_ADAPTER_SCALE_FN_MAPPING", {})
+    case.attached("isolated", "all", lora_alpha=8)[1].save_pretrained(tmp_path / "adapter")
+    pipe = ra.load_adapter(case.pipeline(), tmp_path / "adapter", family=case.family)
+    pipe.set_adapters("refalign", 0.25)
+    layers = [layer for layer in pipe.transformer.modules() if hasattr(layer, "lora_A")]
+    assert {layer.scaling["refalign"] for layer in layers} == {0.25 * 8 / 4}
+
+
 def test_an_adapter_on_all_tokens_is_fused_unfused_and_merged(case, tmp_path):
     case.attached("isolated", "all")[1].save_pretrained(tmp_path / "adapter")
     pipe = ra.load_adapter(case.pipeline(), tmp_path / "adapter", family=case.family)
