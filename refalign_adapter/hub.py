@@ -35,7 +35,8 @@ def fetch(
 ) -> Path:
     """The folder of a repository's snapshot, whose name is its commit; what is not in the local cache is downloaded.
 
-    When the Hub cannot be reached, a whole copy in the cache serves without a word.
+    When the Hub cannot be reached, a whole copy in the cache serves without a word. Whether it is whole after a
+    download that was cut, huggingface_hub knows since 1.22; before, who reads the folder finds what is missing.
 
     Args:
         repo_id: `user/name`.

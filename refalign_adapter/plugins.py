@@ -6,7 +6,8 @@ installed is an unknown name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -14,6 +15,9 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from .errors import UserError, one_line
+
+BESIDE = ("base", "lookup")
+"""Modules of such a package that are none of its objects."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,14 @@ class Plugin:
 
 
 class Plugins:
-    """The plug-ins of one entry-point group.
+    """What there is of one kind: a package's own, a module each, and the plug-ins of an entry-point group.
 
     Args:
         group: the entry points' group.
         field: what users call such an object; it opens the line of every error.
-        built_in: gives the names that are taken.
+        package: whose modules, but for "base", "lookup" and private ones, are the built-in ones; a module's name is
+            the object's.
+        attribute: what a module calls the object.
         problem: says of a name and the object it stands for why that cannot be used, or None.
     """
 
@@ -48,12 +54,22 @@ class Plugins:
         self,
         group: str,
         field: str,
-        built_in: Callable[[], Iterable[str]],
+        package: str,
+        attribute: str,
         problem: Callable[[str, Any], str | None],
     ):
         self.group, self.field = group, field
-        self._built_in, self._problem = built_in, problem
+        self.package, self.attribute, self._problem = package, attribute, problem
         self._loaded: dict[Plugin, tuple[Any, str | None]] = {}
+
+    def built_in(self) -> list[str]:
+        """Names of the package's own, sorted; none is imported."""
+        names = [module.name for module in pkgutil.iter_modules(import_module(self.package).__path__)]
+        return sorted(name for name in names if name not in BESIDE and not name.startswith("_"))
+
+    def known(self) -> dict[str, Any]:
+        """The package's own, imported: name -> object."""
+        return {name: getattr(import_module(f"{self.package}.{name}"), self.attribute) for name in self.built_in()}
 
     @cached_property
     def found(self) -> tuple[Plugin, ...]:
@@ -79,12 +95,11 @@ class Plugins:
             raise UserError(f"{self.field}: {problem}")
         return value
 
-    def named(self, given: Any, known: Callable[[], Mapping[str, Any]], field: str) -> Any:
+    def named(self, given: Any, field: str) -> Any:
         """What somebody asks for: by name, by the path `package.module:attribute`, or the object itself.
 
         Args:
             given: a name, a path or an object; which kind of object that is, is for the caller to check.
-            known: imports the built-in ones; name -> object.
             field: what the user called it.
 
         Raises:
@@ -95,12 +110,19 @@ class Plugins:
         if ":" in given:
             return load_path(given, field)
         found = self.get(given)  # first: it refuses a name that is a built-in one's too
-        if found is None and given in self._built_in():
-            found = known()[given]
+        if found is None and given in self.built_in():
+            found = self.known()[given]
         if found is None:
-            names = sorted({*self._built_in(), *(plugin.name for plugin in self.found)})
+            names = sorted({*self.built_in(), *(plugin.name for plugin in self.found)})
             raise UserError(f"{field} must be one of {names} or package.module:attribute, got {given!r}")
         return found
+
+    def first(self, fits: Callable[[Any], bool]) -> Any:
+        """The first that fits, of the built-in ones, then of the plug-ins that can be used; None where none does."""
+        for objects in (self.known, self.usable):
+            if (found := next(filter(fits, objects().values()), None)) is not None:
+                return found
+        return None
 
     def usable(self) -> dict[str, Any]:
         """Name -> object, of those that can be used."""
@@ -123,7 +145,7 @@ class Plugins:
 
     def _clash(self, plugin: Plugin) -> str | None:
         """A name that stands for two objects: neither is silently taken for the other."""
-        if plugin.name in self._built_in():
+        if plugin.name in self.built_in():
             return f"the plug-in {plugin} has a built-in one's name; rename it, or uninstall that package"
         others = [other for other in self.found if other.name == plugin.name and other is not plugin]
         if others:

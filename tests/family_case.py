@@ -37,6 +37,15 @@ class Case:
     pipeline: Callable[[], Any]
     released: dict[str, tuple[dict[str, Any], int]] = field(default_factory=dict)
 
+    def size(self, pipe: Any) -> tuple[int, int, int]:
+        """Frames, height and width of a video of 2 latent frames, 2 rows and 3 columns of tokens."""
+        time, rows, columns = self.family.size_multiples(pipe, self.family.patch_size(pipe.transformer))
+        return time + 1, 2 * rows, 3 * columns
+
+    def named_size(self, pipe: Any) -> dict[str, int]:
+        """Likewise, as a pipeline's arguments."""
+        return dict(zip(("num_frames", "height", "width"), self.size(pipe), strict=True))
+
     def arguments(self, transformer: Any, batch: int = 2, seed: int = 1) -> dict[str, Any]:
         """A call's, the last sample with a shorter prompt."""
         latents = draw(batch, self.family.channels(transformer), F, H, W, seed=seed, dtype=transformer.dtype)

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import huggingface_hub
+import huggingface_hub.errors
 import pytest
 from fake_hub import COMMIT, TOKEN, client_environment, serving
 from tiny_adapter import save_tiny_adapter
@@ -100,6 +102,8 @@ def test_a_download_that_was_cut_goes_on(tmp_path):
     with serving(FILES) as hub:
         ((first, _),) = client(hub.url, tmp_path, ("cut/one", {}))
     assert "broke off" in first
+    if not hasattr(huggingface_hub.errors, "IncompleteSnapshotError"):
+        pytest.skip(f"huggingface_hub {huggingface_hub.__version__} does not know what a snapshot lacks")
     with serving(FILES) as hub:
         ((offline, _),) = client(hub.url, tmp_path, ("cut/one", {}), HF_HUB_OFFLINE="1")
     assert "UserError adapter: " in offline, "half a snapshot is not taken for a whole one"

@@ -19,11 +19,11 @@ from transformers import ViTMSNConfig, ViTMSNModel
 
 import refalign_adapter as ra
 from refalign_adapter.commands.doctor import examine
-from refalign_adapter.families import base as families
+from refalign_adapter.families import lookup as families
 from refalign_adapter.families._base_model import read_base_model
 from refalign_adapter.plugins import Plugins
-from refalign_adapter.teachers import base as teachers
-from refalign_adapter.teachers.base import load_teacher
+from refalign_adapter.teachers import lookup as teachers
+from refalign_adapter.teachers.lookup import load_teacher
 
 PACKAGE = Path(__file__).parent / "data" / "plugin_package"
 TOY = {"toy": "toy_video_dit:FAMILY"}
@@ -41,7 +41,7 @@ def installed(monkeypatch):
     monkeypatch.setattr("refalign_adapter.plugins.entry_points", entry_points)
     for module in (families, teachers):
         old = module.PLUGINS
-        renewed = Plugins(old.group, old.field, old._built_in, old._problem)
+        renewed = Plugins(old.group, old.field, old.package, old.attribute, old._problem)
         monkeypatch.setattr(module, "PLUGINS", renewed)
     monkeypatch.setattr("refalign_adapter.families._pipeline_folder.PLUGINS", families.PLUGINS)
 
@@ -274,8 +274,8 @@ FOREIGN = """
     import refalign_adapter as ra
     from refalign_adapter.commands.doctor import examine
     from refalign_adapter.families._base_model import read_base_model
-    from refalign_adapter.families.base import load_family
-    from refalign_adapter.teachers.base import load_teacher
+    from refalign_adapter.families.lookup import load_family
+    from refalign_adapter.teachers.lookup import load_teacher
 
     load_family("WanTransformer3DModel")
     assert not any("toy" in name for name in sys.modules)

@@ -12,10 +12,22 @@ from refalign_adapter.recipes.file import changes, load_recipe
 from refalign_adapter.recipes.shipped import copy_recipe, list_recipes, recipe_path, recipes_folder
 
 NAMES = list_recipes()
+SMALL_GPU = {
+    "wan2.1-t2v-1.3b": {},
+    "wan2.1-t2v-14b": {
+        "offload_activations": True,
+        "quantization": "nf4",
+        "adapter.reference_scale": 0.5,
+        "data.num_frames": 49,
+        "data.cache_dir": "cache/wan2.1-t2v-14b/stage1-24gb",
+    },
+    "wan2.2-ti2v-5b": {"offload_activations": True},
+}
+"""Models, and what lets the first stage fit 24 GB."""
 
 
 def test_what_comes_along():
-    stages = [f"wan2.1-t2v-{size}/stage{name}" for size in ("1.3b", "14b") for name in ("1", "1-24gb", "2")]
+    stages = [f"{model}/stage{name}" for model in SMALL_GPU for name in ("1", "1-24gb", "2")]
     assert NAMES == ["demo/isolated", *stages]
 
 
@@ -30,7 +42,8 @@ def test_recipe_is_valid_and_opens_with_its_command(name):
         config = yaml.safe_load((recipes_folder().parent / words[4]).read_text())
         batch = recipe.train_batch_size * recipe.gradient_accumulation_steps * config["num_processes"]
         assert (batch, recipe.max_train_steps) == (128, 3000)
-        assert (recipe.data.height, recipe.data.width, recipe.data.num_frames) == (480, 832, 81)
+        size = (704, 1280, 121) if name.startswith("wan2.2") else (480, 832, 81)
+        assert (recipe.data.height, recipe.data.width, recipe.data.num_frames) == size
         assert (recipe.alignment.weight, recipe.alignment.negative_weight, recipe.adapter.align_layers) == (1, 1, 9)
         assert dataclasses.astuple(recipe.dropout_shares()) == (0.1, 0.0, 0.0)
         assert (recipe.adapter.attention, recipe.adapter.lora_scope) == ("isolated", "reference")
@@ -39,33 +52,20 @@ def test_recipe_is_valid_and_opens_with_its_command(name):
         )
 
 
-@pytest.mark.parametrize("size", ["1.3b", "14b"])
-def test_second_stage_goes_on_from_the_first(size):
-    first, second = (load_recipe(recipe_path(f"wan2.1-t2v-{size}/stage{number}")) for number in (1, 2))
+@pytest.mark.parametrize("model", SMALL_GPU)
+def test_second_stage_goes_on_from_the_first(model):
+    first, second = (load_recipe(recipe_path(f"{model}/stage{number}")) for number in (1, 2))
     assert second.init_adapter == f"{first.output_dir}/adapter"
     assert second.adapter == first.adapter
     assert second.learning_rate == first.learning_rate / 5  # as in the paper
 
 
-SMALL_GPU = {
-    "1.3b": {},
-    "14b": {
-        "offload_activations": True,
-        "quantization": "nf4",
-        "adapter.reference_scale": 0.5,
-        "data.num_frames": 49,
-        "data.cache_dir": "cache/wan2.1-t2v-14b/stage1-24gb",
-    },
-}
-"""What lets the first stage fit 24 GB."""
-
-
-@pytest.mark.parametrize("size", SMALL_GPU)
-def test_first_stage_for_a_small_gpu_is_the_first_stage(size):
-    name = f"wan2.1-t2v-{size}/stage1"
+@pytest.mark.parametrize("model", SMALL_GPU)
+def test_first_stage_for_a_small_gpu_is_the_first_stage(model):
+    name = f"{model}/stage1"
     full, small = (load_recipe(recipe_path(each)) for each in (name, f"{name}-24gb"))
     found = {field: value for field, _, value in changes(full.model_dump(), small.model_dump())}
-    assert found == {"output_dir": f"outputs/{name}-24gb", **SMALL_GPU[size]}
+    assert found == {"output_dir": f"outputs/{name}-24gb", **SMALL_GPU[model]}
     assert "estimated" in recipe_path(f"{name}-24gb").read_text()
 
 

@@ -85,6 +85,34 @@ def tiny_pipeline(seed: int = 0, **overrides: Any) -> WanPipeline:
 
 
 @cache
+def _high_compression_vae() -> AutoencoderKLWan:
+    generator = torch.Generator().manual_seed(4)
+    mean, std = torch.randn(48, generator=generator), 0.5 + torch.rand(48, generator=generator)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        return AutoencoderKLWan(
+            base_dim=8,
+            z_dim=48,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            is_residual=True,
+            patch_size=2,
+            in_channels=12,
+            out_channels=12,
+            scale_factor_spatial=16,
+            latents_mean=mean.tolist(),
+            latents_std=std.tolist(),
+        ).eval()
+
+
+def tiny_pipeline_of_22(seed: int = 0, **overrides: Any) -> WanPipeline:
+    """Likewise of Wan 2.2 TI2V-5B's shape: 48 latent channels, 16x in space, a timestep for every token."""
+    pipe = tiny_pipeline(seed, **{"in_channels": 48, "out_channels": 48} | overrides)
+    components = pipe.components | {"vae": copy.deepcopy(_high_compression_vae())}
+    return WanPipeline(**components, expand_timesteps=True)
+
+
+@cache
 def _saved_pipeline() -> tempfile.TemporaryDirectory:
     folder = tempfile.TemporaryDirectory(prefix="tiny-pipeline-")
     tiny_pipeline().save_pretrained(folder.name)

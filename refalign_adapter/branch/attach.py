@@ -7,7 +7,8 @@ from typing import Any
 
 from ..config import RefAlignConfig
 from ..errors import UserError, shorten
-from ..families.base import Family, load_family
+from ..families.base import Family
+from ..families.lookup import load_family
 from .lora import add_lora, trainable_state
 from .lora_scope import dead_layers
 from .reference_branch import ReferenceBranch, branches_of

@@ -72,8 +72,8 @@ def _packages() -> list[Finding]:
 
 def _plugins() -> list[Finding]:
     """Families and teachers of other packages; one that cannot be used matters to whoever needs it alone."""
-    from ..families.base import PLUGINS as families
-    from ..teachers.base import PLUGINS as teachers
+    from ..families.lookup import PLUGINS as families
+    from ..teachers.lookup import PLUGINS as teachers
 
     return [
         Finding(

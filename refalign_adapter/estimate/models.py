@@ -20,7 +20,8 @@ from ..families._pipeline_folder import PipelineFolder, reading
 from ..families.base import Family
 from ..recipes.schema import Recipe
 from ..teachers._hub import local_folder, read_config, read_processor
-from ..teachers.base import Teacher, find_teacher
+from ..teachers.base import Teacher
+from ..teachers.lookup import find_teacher
 from ..training.base_model import FIELD
 
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")

@@ -10,7 +10,8 @@ import torch
 
 from ..errors import UserError
 from ._pipeline_folder import PipelineFolder, open_pipeline, reading
-from .base import Family, load_family
+from .base import Family
+from .lookup import load_family
 
 
 @dataclass(frozen=True)

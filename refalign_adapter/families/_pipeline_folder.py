@@ -18,7 +18,7 @@ from ..hub import fetch
 from ..json_files import read_json
 from ..library_output import quiet_libraries
 from ..model_configs import read_model_config
-from .base import PLUGINS
+from .lookup import PLUGINS
 
 INDEX = "model_index.json"
 CONFIGS = ("*.json", "*.txt", "*.model")

@@ -1,8 +1,4 @@
-"""What the package needs to know of a DiT family, and how a model's family is found.
-
-A family is one file here: its name is the family's key and it defines `FAMILY`, an instance of a `Family` subclass.
-Other packages name theirs by an entry point of the group `refalign_adapter.families`, key -> object; or the object is
-passed in Python, or named in a recipe by its dotted path, `package.module:attribute`.
+"""What the package needs to know of a DiT family.
 
 Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width, S text tokens, D text
 width.
@@ -14,10 +10,8 @@ vectors and whatever else a model has; each a floating point or a bool tensor.
 
 from __future__ import annotations
 
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,11 +21,8 @@ from torch import Tensor, nn
 
 from ..batch import EMBEDDING
 from ..errors import UserError
-from ..plugins import Plugins
 
 Text = dict[str, Tensor]
-GROUP = "refalign_adapter.families"
-"""Of entry points: a family's key -> the object."""
 RENAMED_DTYPE = Version("0.42")
 """diffusers that takes `dtype` and warns of `torch_dtype`; older ones pass over `dtype` without a word."""
 
@@ -312,66 +303,3 @@ def loading_options(options: dict[str, Any]) -> dict[str, Any]:
     if "dtype" not in options or Version(diffusers_version) >= RENAMED_DTYPE:
         return options
     return {"torch_dtype" if name == "dtype" else name: value for name, value in options.items()}
-
-
-def known_families() -> dict[str, Family]:
-    """All families of this package, key -> family."""
-    return {name: import_module(f"{__package__}.{name}").FAMILY for name in _files()}
-
-
-def _files() -> list[str]:
-    package = import_module(__package__ or "")
-    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    return sorted(name for name in names if name != "base" and not name.startswith("_"))
-
-
-def _problem(name: str, value: Any) -> str | None:
-    if not isinstance(value, Family):
-        return f"it must be an instance of refalign_adapter.families.base.Family, got {type(value).__name__}"
-    return None if value.key == name else f"its key {value.key!r} differs from the entry point's name"
-
-
-PLUGINS = Plugins(GROUP, "family", _files, _problem)
-
-
-def load_family(model: Any, family: str | Family | None = None) -> Family:
-    """Find the family of a transformer (or of anything whose class name a family declares).
-
-    Args:
-        model: a transformer, or a class name as it stands in a model's config; None where a family is given.
-        family: the object, its key, or `package.module:attribute`; None looks at the model.
-
-    Raises:
-        UserError: no such family, a plug-in that is needed and cannot be used, or a model that the family does not
-            know or whose variant is not supported.
-    """
-    found = _family_of(model) if family is None else _named_family(family)
-    if isinstance(model, nn.Module):
-        if not {cls.__name__ for cls in type(model).__mro__} & set(found.transformer_classes):
-            wanted = " or ".join(found.transformer_classes)
-            raise UserError(f"family: {found.key!r} is for {wanted}, the base is a {type(model).__name__}")
-        if problem := found.transformer_problem(model):
-            raise UserError(problem)
-    return found
-
-
-def _named_family(family: Any) -> Family:
-    found = PLUGINS.named(family, known_families, "family")
-    if not isinstance(found, Family):
-        given = repr(family) if isinstance(family, str) else type(family).__name__
-        raise UserError(f"family must be an instance of refalign_adapter.families.base.Family, got {given}")
-    return found
-
-
-def _family_of(model: Any) -> Family:
-    name = model if isinstance(model, str) else type(model).__name__
-    for found in known_families().values():
-        if name in found.transformer_classes:
-            return found
-    plugins = PLUGINS.usable()
-    for found in plugins.values():
-        if name in found.transformer_classes:
-            return found
-    families = [*known_families().values(), *plugins.values()]
-    supported = ", ".join(sorted(cls for found in families for cls in found.transformer_classes))
-    raise UserError("; ".join([f"base: {name} is no known DiT; supported are {supported}", *PLUGINS.problems()]))

@@ -1,4 +1,7 @@
-"""Wan 2.1 text-to-video in diffusers: `WanTransformer3DModel`, `WanPipeline`.
+"""Wan 2.1 and Wan 2.2 5B text-to-video in diffusers: `WanTransformer3DModel`, `WanPipeline`.
+
+Wan 2.2 TI2V-5B's pipeline gives every token a timestep of its own. In text-to-video they are all the same; training
+gives one for each sample, of which the transformer makes the same.
 
 Shape letters: B batch, C latent channels, F latent frames, H and W latent height and width.
 """
@@ -22,7 +25,7 @@ THETA = 10_000.0
 
 
 class WanFamily(Family):
-    """Wan 2.1 T2V, 1.3B and 14B, and any configuration of the same class that takes one timestep per sample."""
+    """Wan 2.1 T2V, 1.3B and 14B, Wan 2.2 TI2V-5B, and any configuration of the same class for text-to-video."""
 
     key = "wan"
     transformer_classes = ("WanTransformer3DModel",)
@@ -41,9 +44,10 @@ class WanFamily(Family):
 
     def pipeline_problem(self, pipe: Any) -> str | None:
         if pipe.config.get("boundary_ratio") is not None or getattr(pipe, "transformer_2", None) is not None:
-            return "base: Wan 2.2 A14B has two transformers, which adapters do not cover yet; use Wan 2.1 T2V"
-        if pipe.config.get("expand_timesteps"):
-            return "base: Wan 2.2 TI2V-5B has a timestep per token, which adapters do not cover yet; use Wan 2.1 T2V"
+            return (
+                "base: Wan 2.2 A14B has two transformers, which adapters do not cover yet; use Wan 2.1 T2V or "
+                "Wan 2.2 TI2V-5B"
+            )
         return None
 
     def describe(self, transformer: Any) -> dict[str, Any]:

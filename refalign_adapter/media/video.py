@@ -256,7 +256,7 @@ def _as_displayed(array: np.ndarray, frame: av.VideoFrame) -> tuple[np.ndarray, 
     return np.ascontiguousarray(array[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]), turned
 
 
-def _check_frame(frame: av.VideoFrame, path: str | Path) -> None:
+def _check_frame(frame: av.VideoFrame, stream: av.VideoStream, path: str | Path) -> None:
     """Refuse what would be read wrongly without a word.
 
     Raises:
@@ -264,7 +264,8 @@ def _check_frame(frame: av.VideoFrame, path: str | Path) -> None:
     """
     if frame.is_corrupt:
         raise UserError(f"video: {str(path)!r} is damaged: a frame cannot be decoded whole; replace it")
-    if (name := HDR.get(int(getattr(frame, "color_trc", 0) or 0))) is not None:
+    transfer = getattr(frame, "color_trc", stream.codec_context.color_trc)  # frames tell theirs since PyAV 17
+    if (name := HDR.get(int(transfer or 0))) is not None:
         raise UserError(
             f"video: {str(path)!r} is high dynamic range ({name}), whose colours would come out wrong; convert it: "
             "ffmpeg -i IN -vf zscale=t=linear:npl=100,tonemap=hable,zscale=p=bt709:t=bt709:m=bt709,format=yuv420p OUT"
@@ -274,7 +275,7 @@ def _check_frame(frame: av.VideoFrame, path: str | Path) -> None:
 def _decoded(container: InputContainer, stream: av.VideoStream, path: str | Path) -> Iterator[av.VideoFrame]:
     """The video's frames, each looked at."""
     for frame in container.decode(stream):
-        _check_frame(frame, path)
+        _check_frame(frame, stream, path)
         yield frame
 
 

@@ -9,12 +9,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from diffusers import __version__ as diffusers_version
+from packaging.version import Version
+
 from ..branch.lora import active_adapters, remove_lora, restore_trainable, trainable_state
 from ..branch.reference_branch import ReferenceBranch, branches_of
 from ..branch.switched_on import branch_of, switched_on
 from ..errors import UserError
 from .exporting import check_exportable
 from .fusing import check_fusible, is_merged, remember_strengths, restore_strengths
+
+WEIGHS_ANY_MODEL = Version("0.38")
 
 
 class NamedAdapters:
@@ -77,6 +82,7 @@ class NamedAdapters:
                 f"set_adapters: {given[0]!r} holds no LoRA (r 0): it has no weight and is on as long as it is loaded; "
                 "leave it out"
             )
+        _let_weigh(type(self.transformer).__name__)
         with _trainable_kept(self.transformer):
             super().set_adapters(adapter_names, adapter_weights)  # type: ignore[misc]  # of diffusers' LoRA mixin
 
@@ -174,6 +180,17 @@ def switch_on(transformer: Any, names: Sequence[str]) -> None:
     """Have exactly these LoRAs act, each at the strength it has; no parameter becomes trainable by it."""
     with _trainable_kept(transformer):
         transformer.set_adapter(list(names))
+
+
+def _let_weigh(model_class: str) -> None:
+    """Enter a model class that is not diffusers' own, a plug-in's, in the table by which old versions spread weights
+    out over blocks; they fail at classes that are not in it, where later ones take the weights as they are.
+    """
+    if Version(diffusers_version) < WEIGHS_ANY_MODEL:
+        from diffusers.loaders import peft
+
+        table: Any = peft._SET_ADAPTER_SCALE_FN_MAPPING
+        table.setdefault(model_class, lambda _, weights: weights)
 
 
 @contextmanager

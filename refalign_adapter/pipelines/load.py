@@ -15,7 +15,8 @@ from ..branch.switched_on import switched_on
 from ..config import RefAlignConfig
 from ..errors import UserError, shorten
 from ..export.folder import open_adapter
-from ..families.base import Family, load_family
+from ..families.base import Family
+from ..families.lookup import load_family
 from ..media.canvas import fixed_size_problems
 from .adapters import switch_on
 from .merge import HOOKED, MERGED, merged_into

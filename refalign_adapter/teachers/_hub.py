@@ -1,7 +1,6 @@
 """A vision encoder's files: fetched from the Hub or found in a folder, read with one clear line when that fails."""
 
 import hashlib
-import pkgutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,6 @@ LARGEST_SIDE = 8192
 """Pixels of a side that an encoder may declare as its own size."""
 UNGATED_TEACHER = "facebook/dinov2-base"
 FILES = ["config.json", "preprocessor_config.json", "processor_config.json", "model*.safetensors", "model*.index.json"]
-
-
-def encoder_files() -> list[str]:
-    """Names of the encoder files of this package, sorted; nothing is imported."""
-    found = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    return sorted(name for name in found if name != "base" and not name.startswith("_"))
 
 
 def local_folder(name: str, revision: str | None = None, files: Sequence[str] = FILES) -> Path:

@@ -1,14 +1,9 @@
-"""What a frozen vision teacher is, how one is loaded, and how its feature grid meets the DiT's.
-
-A teacher is one file here that defines `TEACHER`, a subclass of `Teacher`; which one serves a checkpoint is decided by
-the `model_type` in its config. Other packages name theirs by an entry point of the group `refalign_adapter.teachers`,
-name -> class; or the class is passed in Python, or by its dotted path, `package.module:Class`.
+"""What a frozen vision teacher is, and how its feature grid meets the DiT's.
 
 Shape letters: B batch, H and W image height and width in pixels, h and w the feature grid, T the teacher's width.
 """
 
 import os
-from importlib import import_module
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,11 +14,8 @@ from transformers.utils import ModelOutput
 
 from ..errors import UserError
 from ..grids import Grid, check_grid
-from ..plugins import Plugins
-from ._hub import content_digest, encoder_files, local_folder, read_config, read_model, read_processor
+from ._hub import content_digest, local_folder, read_model, read_processor
 
-GROUP = "refalign_adapter.teachers"
-"""Of entry points: a teacher's name -> its class."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -212,84 +204,6 @@ class Teacher(nn.Module):
                 "resize": "bicubic, antialiased",
             },
         }
-
-
-def known_teachers() -> dict[str, type[Teacher]]:
-    """All teachers of this package, file name -> class."""
-    return {name: import_module(f"{__package__}.{name}").TEACHER for name in encoder_files()}
-
-
-def _problem(name: str, value: Any) -> str | None:
-    if isinstance(value, type) and issubclass(value, Teacher):
-        return None
-    got = value.__name__ if isinstance(value, type) else type(value).__name__
-    return f"it must be a subclass of refalign_adapter.teachers.base.Teacher, got {got}"
-
-
-PLUGINS = Plugins(GROUP, "teacher", encoder_files, _problem)
-
-
-def load_teacher(
-    name: str,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    teacher_class: str | type[Teacher] | None = None,
-    layer: int = -1,
-) -> Teacher:
-    """Load a frozen teacher.
-
-    Args:
-        name: Hub id or local folder of a transformers vision encoder.
-        revision: branch, tag or commit on the Hub.
-        dtype: of weights and features; None is float32, whatever the checkpoint holds.
-        teacher_class: what serves it: a subclass of `Teacher`, its name, or `package.module:Class`; None goes by
-            `model_type`.
-        layer: which hidden states to take, see `Teacher`.
-
-    Raises:
-        UserError: one line for a missing, gated, unreachable, incomplete or unknown encoder, or for a plug-in that is
-            needed and cannot be used.
-    """
-    if teacher_class is None:
-        cls = find_teacher(name, read_config(local_folder(name, revision))["model_type"])
-    else:
-        cls = _named_class(teacher_class)
-    return cls.from_pretrained(name, revision=revision, dtype=dtype, layer=layer).to(device)
-
-
-def find_teacher(name: str, model_type: str) -> type[Teacher]:
-    """The teacher that serves encoders of a `model_type`; those of this package come first.
-
-    Args:
-        name: of the encoder, for the message.
-        model_type: in its config.
-
-    Raises:
-        UserError: there is none.
-    """
-    teachers = known_teachers()
-    for teacher in teachers.values():
-        if model_type in teacher.model_types:
-            return teacher
-    plugins = PLUGINS.usable()
-    for teacher in plugins.values():
-        if model_type in teacher.model_types:
-            return teacher
-    line = (
-        f"teacher: {name!r} is a {model_type!r}, known are {', '.join([*teachers, *plugins])}; "
-        "another one needs teacher_class=package.module:Class"
-    )
-    raise UserError("; ".join([line, *PLUGINS.problems()]))
-
-
-def _named_class(given: Any) -> type[Teacher]:
-    found = PLUGINS.named(given, known_teachers, "teacher_class")
-    if not (isinstance(found, type) and issubclass(found, Teacher)):
-        shown = repr(given) if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
-        raise UserError(f"teacher_class must be a subclass of refalign_adapter.teachers.base.Teacher, got {shown}")
-    return found
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Every DiT family through one case table: what is promised of references holds for each of its rows.
 
-A new family is one row of `CASES`; a family of another package can take this file, its own row in it.
+A new family is one row of `family_cases.CASES`; a family of another package can take these files, its own row in them.
 """
 
 import copy
@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from family_case import MODES, Case, F, H, W, draw
-from tiny_adapter import SIZE, anatomy, picture
-from tiny_models import TRANSFORMER, tiny_pipeline
+from family_case import MODES, F, H, W, draw
+from family_cases import CASES
+from tiny_adapter import anatomy, picture
 from tiny_toy import tiny_toy_pipeline
-from toy_video_dit import FAMILY as TOY
 
 import refalign_adapter as ra
 from refalign_adapter.alignment.projector import Projectors
@@ -22,25 +21,11 @@ from refalign_adapter.alignment.reference.objective import REFERENCE, ReferenceA
 from refalign_adapter.batch import Batch
 from refalign_adapter.branch.rewired import Rewired
 from refalign_adapter.families._base_model import read_base_model
-from refalign_adapter.families.base import known_families, load_family, loading_options
-from refalign_adapter.families.wan import FAMILY as WAN
+from refalign_adapter.families.base import loading_options
+from refalign_adapter.families.lookup import PLUGINS, load_family
 from refalign_adapter.media.canvas import prepare_reference
 from refalign_adapter.training.step import StepOptions, TrainingStep
 
-WAN_13B = TRANSFORMER | {
-    "num_attention_heads": 12,
-    "attention_head_dim": 128,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 8960,
-    "num_layers": 30,
-}
-WAN_14B = WAN_13B | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
-
-CASES = {
-    "wan": Case(WAN, tiny_pipeline, {"1.3B": (WAN_13B, 1_418_996_800), "14B": (WAN_14B, 14_288_491_584)}),
-    "toy": Case(TOY, tiny_toy_pipeline),
-}
 modes = pytest.mark.parametrize("mode", MODES, ids="/".join)
 isolated_modes = pytest.mark.parametrize("mode", [mode for mode in MODES if mode[0] == "isolated"], ids="/".join)
 
@@ -57,8 +42,8 @@ def pipe(case):
 
 
 def test_every_family_has_a_case():
-    assert {name: case.family.key for name, case in CASES.items()} == {name: name for name in CASES}
-    assert set(known_families()) <= set(CASES)
+    assert all(name.split()[0] == case.family.key for name, case in CASES.items())
+    assert set(PLUGINS.known()) <= set(CASES)
 
 
 def test_it_is_found_as_object_and_by_dotted_path(case, pipe):
@@ -68,7 +53,7 @@ def test_it_is_found_as_object_and_by_dotted_path(case, pipe):
 
 
 def test_those_of_this_package_are_found_by_model_class_name_and_key():
-    for key, family in known_families().items():
+    for key, family in PLUGINS.known().items():
         transformer = CASES[key].pipeline().transformer
         assert load_family(transformer) is load_family(type(transformer).__name__) is family
         assert load_family(transformer, key) is family
@@ -115,7 +100,7 @@ def test_the_geometry_is_consistent(case, pipe):
 
 def test_latents_are_normalised_as_the_pipeline_undoes_it(case, pipe):
     family = case.family
-    video = torch.rand(1, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    video = torch.rand(1, 3, *case.size(pipe), generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = family.encode_video(pipe, video)
     mean, std = (
         torch.tensor(getattr(pipe.vae.config, f"latents_{name}")).view(1, -1, 1, 1, 1) for name in ("mean", "std")
@@ -272,7 +257,7 @@ def test_references_have_the_same_first_keys_alone_and_in_the_videos_sequence(ca
     branch.detach()
     joint, branch = case.attached("joint", "all")
     arguments, seen = case.arguments(joint), []
-    latents = draw(2, 16, F, H, W)
+    latents = draw(2, case.family.channels(joint), F, H, W)
     zero = case.family.forward_arguments(joint, latents, torch.zeros(2), case.family.no_text(joint, latents))
     arguments[case.family.timestep_argument] = zero[case.family.timestep_argument]
 
@@ -462,7 +447,9 @@ def trained_adapter(case, mode, folder):
     config = ra.RefAlignConfig(attention=mode[0], lora_scope=mode[1], r=4, align_layers=2, max_sequence_length=16)
     branch = ra.attach(transformer, config, family=family, seed=0)
     generator = torch.Generator().manual_seed(2)
-    video, images = (torch.rand(2, 3, *size, generator=generator) * 2 - 1 for size in ((5, 32, 48), (32, 48)))
+    video, images = (
+        torch.rand(2, 3, *size, generator=generator) * 2 - 1 for size in (case.size(pipe), case.size(pipe)[1:])
+    )
     batch = Batch(
         keys=["a", "b"],
         latents=family.encode_video(pipe, video),
@@ -494,7 +481,7 @@ def test_a_trained_adapter_is_loaded_and_generates_by_the_formula(case, mode, tm
     pipe.set_progress_bar_config(disable=True)
     family, transformer = case.family, pipe.transformer
     text, negative = (family.encode_text(pipe, [prompt], 16) for prompt in ("a cat", "ugly"))
-    x = draw(1, 16, 2, 4, 6, seed=4)
+    x = draw(1, family.channels(transformer), 2, 4, 6, seed=4)
 
     def arguments(x, sigma, text):
         return family.forward_arguments(transformer, x, torch.tensor([sigma]), text)
@@ -507,14 +494,16 @@ def test_a_trained_adapter_is_loaded_and_generates_by_the_formula(case, mode, tm
         "image_guidance_scale": 4.0,
         "num_inference_steps": 2,
         "output_type": "latent",
-        **SIZE,
+        **case.named_size(pipe),
     }
     got = pipe("a cat", **given).frames
     batched = pipe("a cat", batch_guidance=True, **given).frames
     embeds = {name: value for name, value in given.items() if name != "negative_prompt"}
     by_embeds = pipe(**embeds, **family.pipeline_text(text, negative)).frames
 
-    references = torch.cat([encoded(family, pipe, image) for image in given["reference_images"]], 2)
+    references = torch.cat(
+        [encoded(family, pipe, image, *case.size(pipe)[1:]) for image in given["reference_images"]], 2
+    )
     pipe.scheduler.set_timesteps(2)
     sigmas = pipe.scheduler.sigmas.tolist()
 
@@ -533,11 +522,22 @@ def test_a_trained_adapter_is_loaded_and_generates_by_the_formula(case, mode, tm
         torch.testing.assert_close(frames, expected, atol=5e-5, rtol=1e-4)
 
 
-def encoded(family, pipe, image):
+def encoded(family, pipe, image, height, width):
     """(1, C, 1, H, W) latents of a reference as the pipeline encodes it."""
-    canvas = np.array(prepare_reference(image, height=SIZE["height"], width=SIZE["width"]))
+    canvas = np.array(prepare_reference(image, height=height, width=width))
     pixels = torch.from_numpy(canvas).permute(2, 0, 1)[None] / 127.5 - 1
     return family.encode_images(pipe, pixels).unsqueeze(2)
+
+
+def test_without_references_the_video_is_the_stock_pipelines_bit_for_bit(case, tmp_path):
+    case.attached("isolated", "reference")[1].save_pretrained(tmp_path / "adapter")
+    videos = []
+    for pipe in (case.pipeline(), ra.load_adapter(case.pipeline(), tmp_path / "adapter", family=case.family)):
+        pipe.set_progress_bar_config(disable=True)
+        options = {"guidance_scale": 5.0, "num_inference_steps": 2, "output_type": "latent", **case.named_size(pipe)}
+        options |= {"max_sequence_length": 16, "generator": torch.Generator().manual_seed(0)}
+        videos.append(pipe(prompt="a cat", negative_prompt="ugly", **options).frames)
+    assert torch.equal(*videos)
 
 
 def test_named_adapters_are_switched_and_unloaded(case, tmp_path):
@@ -551,7 +551,7 @@ def test_named_adapters_are_switched_and_unloaded(case, tmp_path):
     pipe = ra.load_adapter(base, tmp_path / "one", "one", family=case.family)
     pipe = ra.load_adapter(pipe, tmp_path / "two", "two", family=case.family)
     pipe.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 1, "output_type": "latent", "guidance_scale": 1.0, **SIZE}
+    options = {"num_inference_steps": 1, "output_type": "latent", "guidance_scale": 1.0, **case.named_size(pipe)}
     videos = []
     for name in ("one", "two", "one"):
         pipe.set_adapters(name)
@@ -563,6 +563,17 @@ def test_named_adapters_are_switched_and_unloaded(case, tmp_path):
     pipe.unload_lora_weights()
     assert set(base.transformer.state_dict()) == set(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.transformer.state_dict().items())
+
+
+def test_its_adapters_are_weighed_where_diffusers_has_a_table_of_models_without_it(case, tmp_path, monkeypatch):
+    """As it has before 0.38, without the models of plug-ins."""
+    monkeypatch.setattr("refalign_adapter.pipelines.adapters.diffusers_version", "0.37.1")
+    monkeypatch.setattr("diffusers.loaders.peft._SET_ADAPTER_SCALE_FN_MAPPING", {})
+    case.attached("isolated", "all", lora_alpha=8)[1].save_pretrained(tmp_path / "adapter")
+    pipe = ra.load_adapter(case.pipeline(), tmp_path / "adapter", family=case.family)
+    pipe.set_adapters("refalign", 0.25)
+    layers = [layer for layer in pipe.transformer.modules() if hasattr(layer, "lora_A")]
+    assert {layer.scaling["refalign"] for layer in layers} == {0.25 * 8 / 4}
 
 
 def test_an_adapter_on_all_tokens_is_fused_unfused_and_merged(case, tmp_path):

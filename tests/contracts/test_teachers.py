@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from refalign_adapter.errors import UserError
-from refalign_adapter.teachers.base import Teacher, known_teachers, load_teacher
+from refalign_adapter.teachers.base import Teacher
+from refalign_adapter.teachers.lookup import PLUGINS, load_teacher
 
 PROCESSOR = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25], "size": {"height": 16, "width": 24}}
 
@@ -22,10 +23,10 @@ def save_tiny_model(teacher_class, folder, seed=0):
     model_class(model_class.config_class(**teacher_class.tiny_config)).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=sorted(known_teachers()))
+@pytest.fixture(scope="module", params=sorted(PLUGINS.known()))
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param) / "encoder"
-    save_tiny_model(known_teachers()[request.param], path)
+    save_tiny_model(PLUGINS.known()[request.param], path)
     return path
 
 
@@ -39,7 +40,7 @@ def random_images(height, width, batch=2, seed=0):
 
 
 def test_model_types_are_claimed_by_one_teacher_each():
-    claimed = [model_type for teacher in known_teachers().values() for model_type in teacher.model_types]
+    claimed = [model_type for teacher in PLUGINS.known().values() for model_type in teacher.model_types]
     assert len(set(claimed)) == len(claimed) >= 6
 
 

@@ -169,6 +169,7 @@ def test_a_data_set_of_the_hub_is_read_from_its_download(data, tmp_path, monkeyp
     rows = load_manifest({"path": "user/clips", "revision": "v1", "max_rows": 2})
     assert [row.file_name for row in rows] == ["clips/0.mp4", "clips/1.mp4"]
     assert rows[0].clip == repository / "snapshots" / commit / "clips/0.mp4"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="cannot read 'user/nothing': it is not cached and the Hub is switched off"):
         load_manifest("user/nothing")
 

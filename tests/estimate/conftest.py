@@ -16,7 +16,20 @@ from refalign_adapter.recipes.file import load_recipe
 WAN = {
     "1.3b": {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
     "14b": {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824},
+    "5b": {"num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
     "short": {"num_layers": 6, "num_attention_heads": 12, "ffn_dim": 8960},
+}
+VAE_OF_22 = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
 }
 PARTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -28,20 +41,23 @@ PARTS = {
 
 
 def write_configs(folder: Path, transformer: dict[str, int]) -> None:
-    """A Wan 2.1 in diffusers' folder format, without weights."""
+    """A Wan in diffusers' folder format, without weights."""
+    of_22 = transformer.get("in_channels") == 48
     with torch.device("meta"):
         WanTransformer3DModel(**transformer).save_config(folder / "transformer")
-        AutoencoderKLWan().save_config(folder / "vae")
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_config(folder / "scheduler")
+        AutoencoderKLWan(**VAE_OF_22 if of_22 else {}).save_config(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(shift=5.0 if of_22 else 3.0).save_config(folder / "scheduler")
     UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64).save_pretrained(
         folder / "text_encoder"
     )
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **PARTS}))
+    (folder / "model_index.json").write_text(
+        json.dumps({"_class_name": "WanPipeline", "expand_timesteps": of_22, **PARTS})
+    )
 
 
 @pytest.fixture(scope="session")
 def wan(tmp_path_factory):
-    """A folder with `1.3b`, `14b`, `short` (1.3b with 6 blocks) and `teacher`, configs alone."""
+    """A folder with `1.3b`, `14b`, `5b`, `short` (1.3b with 6 blocks) and `teacher`, configs alone."""
     folder = tmp_path_factory.mktemp("wan")
     for name, config in WAN.items():
         write_configs(folder / name, config)

@@ -10,9 +10,16 @@ from refalign_adapter.recipes.file import load_recipe
 from refalign_adapter.recipes.shipped import recipe_path
 
 
-@pytest.mark.parametrize("size", ["1.3b", pytest.param("14b", marks=pytest.mark.slow)])
-def test_a_recipe_for_24_gb_takes_what_it_says(wan, size):
-    path = recipe_path(f"wan2.1-t2v-{size}/stage1-24gb")
+@pytest.mark.parametrize(
+    ("size", "model"),
+    [
+        ("1.3b", "wan2.1-t2v-1.3b"),
+        ("5b", "wan2.2-ti2v-5b"),
+        pytest.param("14b", "wan2.1-t2v-14b", marks=pytest.mark.slow),
+    ],
+)
+def test_a_recipe_for_24_gb_takes_what_it_says(wan, size, model):
+    path = recipe_path(f"{model}/stage1-24gb")
     told = re.search(r"training takes ([\d.]+) GB", path.read_text())
     assert told is not None
     here = [f"pretrained_model_name_or_path={wan / size}", f"adapter.teachers=[{wan / 'teacher'}]"]

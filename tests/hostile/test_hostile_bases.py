@@ -12,7 +12,7 @@ from refalign_adapter.data.cache.encoders import load_encoders
 from refalign_adapter.data.cache.options import CacheOptions
 from refalign_adapter.families._pipeline_folder import open_pipeline
 from refalign_adapter.recipes.schema import Recipe
-from refalign_adapter.teachers.base import load_teacher
+from refalign_adapter.teachers.lookup import load_teacher
 from refalign_adapter.training.base_model import load_transformer, read_base
 
 

@@ -311,7 +311,8 @@ def encode(path, codec, pix_fmt, frames, **attributes):
             setattr(stream.codec_context, name, value)
         for frame in frames:
             for name, value in attributes.items():
-                setattr(frame, name, value)
+                if hasattr(frame, name):  # since PyAV 17; before, encoders go by their context alone
+                    setattr(frame, name, value)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
-from refalign_adapter.teachers.base import load_teacher
 from refalign_adapter.teachers.clip import CLIPTeacher
+from refalign_adapter.teachers.lookup import load_teacher
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 PROCESSOR = {  # as published with openai/clip-vit-large-patch14

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from refalign_adapter.teachers.base import load_teacher
 from refalign_adapter.teachers.dinov2 import DINOv2Teacher
+from refalign_adapter.teachers.lookup import load_teacher
 
 PROCESSOR = {  # as published with facebook/dinov2-base
     "crop_size": {"height": 224, "width": 224},

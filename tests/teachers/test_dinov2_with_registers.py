@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from refalign_adapter.teachers.base import IMAGENET_MEAN, IMAGENET_STD, load_teacher
+from refalign_adapter.teachers.base import IMAGENET_MEAN, IMAGENET_STD
 from refalign_adapter.teachers.dinov2_with_registers import DINOv2WithRegistersTeacher
+from refalign_adapter.teachers.lookup import load_teacher
 
 
 def test_published_configuration():

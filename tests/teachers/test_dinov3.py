@@ -5,8 +5,9 @@ import torch
 from safetensors import safe_open
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from refalign_adapter.teachers.base import IMAGENET_MEAN, IMAGENET_STD, load_teacher
+from refalign_adapter.teachers.base import IMAGENET_MEAN, IMAGENET_STD
 from refalign_adapter.teachers.dinov3 import DINOv3Teacher
+from refalign_adapter.teachers.lookup import load_teacher
 
 PROCESSOR = {  # as published with facebook/dinov3-vitb16-pretrain-lvd1689m
     "crop_size": None,

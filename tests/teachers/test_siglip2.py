@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
 
-from refalign_adapter.teachers.base import load_teacher
+from refalign_adapter.teachers.lookup import load_teacher
 from refalign_adapter.teachers.siglip2 import SigLIP2Teacher
 
 PROCESSOR = {  # as published with google/siglip2-base-patch16-256

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Siglip2Config, Siglip2ImageProcessor, Siglip2Model, Siglip2VisionConfig, Siglip2VisionModel
 
-from refalign_adapter.teachers.base import load_teacher
+from refalign_adapter.teachers.lookup import load_teacher
 from refalign_adapter.teachers.siglip2_naflex import SigLIP2NaFlexTeacher
 
 TEXT = {

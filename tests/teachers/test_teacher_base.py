@@ -12,8 +12,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 from refalign_adapter.errors import UserError
 from refalign_adapter.grids import resample_grid
-from refalign_adapter.teachers.base import Teacher, known_teachers, load_teacher
+from refalign_adapter.teachers.base import Teacher
 from refalign_adapter.teachers.dinov2 import DINOv2Teacher
+from refalign_adapter.teachers.lookup import PLUGINS, load_teacher
 
 
 def triangle_weights(size, target):
@@ -125,7 +126,7 @@ def test_patches_that_are_not_square_are_refused():
 
 
 def test_every_file_is_one_teacher():
-    teachers = known_teachers()
+    teachers = PLUGINS.known()
     assert {"clip", "dinov2", "dinov2_with_registers", "dinov3", "siglip2", "siglip2_naflex"} <= set(teachers)
     assert all(issubclass(teacher, Teacher) for teacher in teachers.values())
     assert all(hasattr(transformers, teacher.model_class) for teacher in teachers.values())

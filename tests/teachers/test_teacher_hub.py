@@ -16,8 +16,8 @@ from transformers import BertConfig, Dinov2Config, Dinov2Model
 
 import refalign_adapter
 from refalign_adapter.errors import UserError
-from refalign_adapter.teachers.base import load_teacher
 from refalign_adapter.teachers.dinov2 import DINOv2Teacher
+from refalign_adapter.teachers.lookup import load_teacher
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -166,7 +166,7 @@ CLIENT = """
 import json
 import huggingface_hub
 from refalign_adapter.errors import UserError
-from refalign_adapter.teachers.base import load_teacher
+from refalign_adapter.teachers.lookup import load_teacher
 
 answers = {}
 for name in ("gated/encoder", "gated/weights", "expired/token", "no-such/repository", "open/encoder@no-such-branch"):

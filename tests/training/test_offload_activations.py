@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import refalign_adapter as ra
 from refalign_adapter.errors import ConfigError
-from refalign_adapter.families.base import load_family
+from refalign_adapter.families.lookup import load_family
 from refalign_adapter.training import offload
 from refalign_adapter.training.offload import offloaded_checkpoint
 from refalign_adapter.training.setup import _build_branch

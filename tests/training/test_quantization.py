@@ -14,7 +14,7 @@ from refalign_adapter.alignment.reference.objective import ReferenceAlignment
 from refalign_adapter.batch import EMBEDDING, Batch
 from refalign_adapter.branch.attach import attach
 from refalign_adapter.errors import ConfigError, UserError
-from refalign_adapter.families.base import load_family
+from refalign_adapter.families.lookup import load_family
 from refalign_adapter.recipes.schema import Recipe
 from refalign_adapter.training.base_model import load_transformer
 from refalign_adapter.training.step import StepOptions, TrainingStep

@@ -21,7 +21,8 @@ from ...families.base import Family
 from ...hashes import file_digest
 from ...media.canvas import fixed_size_problems, reference_size
 from ...media.sizes import size_misfits
-from ...teachers.base import Teacher, load_teacher
+from ...teachers.base import Teacher
+from ...teachers.lookup import load_teacher
 from .options import DTYPES, CacheOptions, model_id
 from .targets import Sizes
 

@@ -8,14 +8,12 @@ Shape letters: B batch, F latent frames, H and W latent height and width, C late
 tokens, D text width, R references, d a head's width.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionModuleMixin
@@ -24,6 +22,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from refalign_adapter.families.base import Family, Text, check_fit, loading_options
 from refalign_adapter.teachers.base import Teacher
@@ -183,7 +182,15 @@ class ToyPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
-    def __init__(self, tokenizer: Any, text_encoder: Any, vae: AutoencoderKLWan, scheduler: Any, transformer: Any):
+    # Classes, in a file without postponed annotations: diffusers before 0.37 reads them as they stand, for loading.
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        transformer: ToyTransformer3DModel,
+    ):
         super().__init__()
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
