@@ -125,6 +125,14 @@ class GuidedCalls:
                 self.references = self.encode()
         self._index += 1
         self._predictions = {}
+        self._calls, self._added = self._choose()
+        together = any(len({item.text for item in call}) == 2 for call in self._calls)
+        needs_negative = any(not item.text for call in self._calls for item in call)
+        self._awaits_negative = needs_negative and not together
+        self._running = [call for call in self._calls if call[-1].text or not self._awaits_negative]
+
+    def _choose(self) -> tuple[tuple[Call, ...], tuple[GuidancePass, ...]]:
+        """This step's calls, and the passes that kept differences stand for in it."""
         guided = self.stock_scale > 1 and self.pipe.stock_guidance  # else there is no negative prompt
         plan = plan_guidance(
             self.pipe.guidance_scale if guided else 1.0,
@@ -135,14 +143,11 @@ class GuidedCalls:
             refresh=self.refresh,
         )
         where = self._index, self.pipe.num_timesteps
-        self._calls, self._added = plan.calls(*where), ()
-        passes = tuple(item for call in self._calls for item in call)
+        calls = plan.calls(*where)
+        passes = tuple(item for call in calls for item in call)
         if len(passes) > 1 and plan.adds_kept(*where) and self.kept is not None and self.kept.serve(passes):
-            self._calls, self._added = plan.unguided, passes
-        together = any(len({item.text for item in call}) == 2 for call in self._calls)
-        needs_negative = any(not item.text for call in self._calls for item in call)
-        self._awaits_negative = needs_negative and not together
-        self._running = [call for call in self._calls if call[-1].text or not self._awaits_negative]
+            return plan.unguided, passes
+        return calls, ()
 
     def _after(self, transformer: Any, args: tuple, kwargs: Arguments, output: Any) -> Any:
         if self.asleep or threading.get_ident() != self._thread:
