@@ -10,6 +10,8 @@ import psutil
 import pytest
 import torch
 import typer
+from tiny_adapter import SIZE, save_tiny_adapter
+from tiny_models import save_tiny_pipeline
 from typer.testing import CliRunner
 
 from refalign_adapter.data.cache.build import CacheReport
@@ -65,6 +67,38 @@ def test_inference(tmp_path):
     more = found["peak_bytes"]["isolated/all, merged, cached"] - found["peak_bytes"]["plain"]
     assert more >= found["key_value_bytes"]
     assert "joint, merged" in output
+
+
+def test_guidance(tmp_path):
+    module = importlib.import_module("guidance")
+    base = save_tiny_pipeline(tmp_path / "base")
+    adapter = save_tiny_adapter(tmp_path / "adapter", attention="isolated", lora_scope="reference")
+    given = {**SIZE, "num_frames": None, "frames": SIZE["num_frames"], "steps": 5, "most": 3, "videos": 1}
+    given |= {"base": base, "adapter": adapter, "rounds": 1, "references": 2, "json": tmp_path / "figures.json"}
+    app = typer.Typer()
+    app.command()(module.main)
+    options = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
+    result = CliRunner().invoke(app, options, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "figures.json").read_text())
+    passes = {f"{k}": found["passes"][f"5 steps, k = {k}"] for k in (1, 2, 3)}
+    assert found["passes"]["stock, 5 steps"] == 10
+    assert passes == {"1": 15, "2": 4 * 3 + 1, "3": 3 * 3 + 2}
+    half = [found["passes"][f"5 steps, guided in the first half, k = {k}"] for k in (1, 3)]
+    assert half == [3 * 3 + 2, 2 * 3 + 3]
+    assert found["passes"]["5 steps, batch_guidance, k = 3"] == passes["3"]
+    assert [found["passes"][f"4 steps, k = {k}"] for k in (1, 2, 3)] == [12, 10, 10]
+    assert found["decibels"]["5 steps, k = 1"] == float("inf")
+    assert 10 < found["decibels"]["5 steps, k = 3"] < 100
+    ratio = found["times"]["5 steps, k = 3"][0] / found["times"]["stock, 5 steps"][0]
+    assert [bar["value"] for bar in found["bars"]] == pytest.approx([11 / 10, ratio])
+    assert "equal" in result.output
+
+
+def test_decibels():
+    decibels = importlib.import_module("guidance").decibels
+    assert decibels(torch.full((4,), 0.1), torch.zeros(4)) == pytest.approx(20)
+    assert decibels(torch.zeros(4), torch.zeros(4)) == float("inf")
 
 
 def test_inference_with_economical_references(tmp_path):

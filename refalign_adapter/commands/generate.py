@@ -33,6 +33,9 @@ def generate(
     guidance_interval: Annotated[
         tuple[float, float], typer.Option(help="Start and stop of guidance, as shares of the steps.")
     ] = (0.0, 1.0),
+    guidance_refresh: Annotated[
+        int, typer.Option(help="Compute guidance in the first two steps and every K-th.", metavar="K")
+    ] = 1,
     batch_guidance: Annotated[
         bool, typer.Option("--batch-guidance", help="Run guidance passes together, with more memory.")
     ] = False,

@@ -131,6 +131,7 @@ def _generate(pipe: Any, options: GenerateOptions, row: Prompt, seed: int, path:
         guidance_scale=options.guidance_scale,
         image_guidance_scale=options.image_guidance_scale,
         guidance_interval=options.guidance_interval,
+        guidance_refresh=options.guidance_refresh,
         batch_guidance=options.batch_guidance,
         generator=torch.Generator().manual_seed(seed),  # of the CPU: the same noise on every device
     ).frames[0]
@@ -179,7 +180,7 @@ def _made_before(path: Path) -> dict[str, Any]:
         raise UserError(f"{error}; choose another folder, or delete this file and the videos beside it") from None
     if not isinstance(found, dict):
         raise UserError(f"output: {str(path)!r} holds no options; delete it and the videos beside it")
-    before = {"guidance_interval": list(ALL_STEPS), "variant": None} | found
+    before = {"guidance_interval": list(ALL_STEPS), "guidance_refresh": 1, "variant": None} | found
     for name in ("base", "adapter"):
         if isinstance(before.get(name), str):
             before[name] = model_id(before[name])

@@ -44,6 +44,7 @@ class GenerateOptions:
         num_inference_steps: at least 1.
         guidance_scale, image_guidance_scale: how strongly the prompt and the references pull.
         guidance_interval: [start, stop), shares of the steps in which they do.
+        guidance_refresh: k: guidance is computed in the first two steps and every k-th, and kept between; 1: in all.
         batch_guidance: whether passes share calls of the transformer: faster on a large GPU, with more memory.
         seed: of a single video's noise; in a run of many, each key has a seed made of this one and the key.
         max_references: most images a prompt may have.
@@ -68,6 +69,7 @@ class GenerateOptions:
     guidance_scale: float = 7.5
     image_guidance_scale: float = 5.0
     guidance_interval: tuple[float, float] = ALL_STEPS
+    guidance_refresh: int = 1
     batch_guidance: bool = False
     seed: int = 0
     max_references: int = MAX_REFERENCES
@@ -93,7 +95,7 @@ class GenerateOptions:
         if self.offload not in OFFLOADS:
             problems.append(f"offload must be one of {', '.join(OFFLOADS)}, got {self.offload!r}")
         try:
-            check_scales(self.guidance_scale, self.image_guidance_scale, self.guidance_interval)
+            check_scales(self.guidance_scale, self.image_guidance_scale, self.guidance_interval, self.guidance_refresh)
         except ConfigError as error:
             problems += error.problems
         if problems:

@@ -20,6 +20,7 @@ from .arguments import EMBEDS, check_arguments, count_prompts
 from .base import ReferencePipeline
 from .guidance import ALL_STEPS, check_scales
 from .guided_calls import GuidedCalls
+from .step_caches import check_refresh
 
 DEFAULTS = {"guidance_scale": 7.5, "max_sequence_length": None}
 """Of a call with an adapter, in place of the stock pipeline's: the scale is the paper's; None stands for the length
@@ -43,6 +44,7 @@ class ReferenceCall(ReferencePipeline):
         image_guidance_scale: float = 5.0,
         guidance_interval: Sequence[float] = ALL_STEPS,
         batch_guidance: bool = False,
+        guidance_refresh: int = 1,
         reference_cache: ReferenceCache | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -65,6 +67,11 @@ class ReferenceCall(ReferencePipeline):
             batch_guidance: whether passes with references share one call of the transformer, and likewise those
                 without: faster where small batches leave a GPU idle, with more memory. The video is the same but for
                 rounding.
+            guidance_refresh: k: guidance is computed in the first two steps (of the interval) and then in every k-th;
+                the others run one pass and add what the conditions changed in the step before that computed it. 1
+                computes it in every step. Others make another video in less time; one or, with references and both
+                scales above 1, two tensors of the latents' size are kept in float32. A changed scale acts at once,
+                changed embeddings have the next step compute anew.
             reference_cache: what `encode_references` returned, in place of `reference_images`; of as many prompts, or
                 of one for all.
             args, kwargs: the stock pipeline's other arguments, in its order. `guidance_scale` (s_txt) is 7.5 and
@@ -86,7 +93,8 @@ class ReferenceCall(ReferencePipeline):
             size = tuple(arguments[name] for name in ("num_frames", "height", "width"))
             self._check_size(*size)
             check_arguments(self, arguments, prompts)
-            check_scales(arguments["guidance_scale"], image_guidance_scale, guidance_interval)
+            check_scales(arguments["guidance_scale"], image_guidance_scale, guidance_interval, guidance_refresh)
+            check_refresh(self.transformer, guidance_refresh)
             self._check_tensors(arguments, prompts, size)
             if not isinstance(batch_guidance, bool):
                 raise UserError(f"batch_guidance must be True or False, got {shorten(batch_guidance)}")
@@ -102,6 +110,7 @@ class ReferenceCall(ReferencePipeline):
                 image_guidance_scale=image_guidance_scale,
                 interval=guidance_interval,
                 batch=batch_guidance,
+                refresh=guidance_refresh,
                 encode=None if given is None else lambda: self._encode_references(given, size).for_videos(videos),
                 family=self._family,
             )
@@ -207,6 +216,8 @@ def _let_callbacks_be(arguments: dict[str, Any], guide: GuidedCalls) -> None:
             changed = callback(*args, **kwargs)
         if changed and "negative_prompt_embeds" in changed:
             guide.negative = None  # the next step's call with it tells anew
+        if changed and any(name in changed for name in guide.family.prompt_arguments):
+            guide.kept = None
         return changed
 
     arguments["callback_on_step_end"] = call_back

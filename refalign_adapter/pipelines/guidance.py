@@ -16,7 +16,9 @@ This is a weighted sum of predictions; a pass whose weight is 0 is not run. That
 Without references it is classifier-free guidance by s_txt, in two passes or, at 1, in one; s_img plays no part.
 
 Guidance can be left to an interval of the steps (Kynkäänniemi et al., arXiv 2404.07724); the others run ε(text,ref)
-alone. With an adapter that acts on references alone, ε(∅,∅) and ε(text,∅) are the base model's own; with one whose
+alone. Of the guided steps some can add what an earlier one computed, see `kept_differences`.
+
+With an adapter that acts on references alone, ε(∅,∅) and ε(text,∅) are the base model's own; with one whose
 `null_reference` is "zeros", latents of zero stand for the references in both, as in the paper's released code.
 """
 
@@ -68,47 +70,70 @@ class GuidancePlan:
         guided: the calls of a step inside the interval.
         unguided: of a step outside of it: the fully conditioned pass.
         interval: [start, stop), shares of the steps.
+        refresh: inside the interval, all passes run in the first two steps and then in every `refresh`-th, counted
+            from the first; the others run the fully conditioned pass alone and add kept differences.
     """
 
     guided: tuple[Call, ...]
     unguided: tuple[Call, ...]
     interval: tuple[float, float] = ALL_STEPS
+    refresh: int = 1
 
     def calls(self, index: int, steps: int) -> tuple[Call, ...]:
-        """The calls of step `index` of `steps`, counted from 0."""
+        """The calls of step `index` of `steps`, counted from 0, where nothing is kept."""
+        return self.guided if self._guides(index, steps) else self.unguided
+
+    def adds_kept(self, index: int, steps: int) -> bool:
+        """Whether that step is one that adds kept differences."""
+        number = sum(self._guides(before, steps) for before in range(index))
+        return self._guides(index, steps) and number >= 2 and number % self.refresh != 0
+
+    def _guides(self, index: int, steps: int) -> bool:
         start, stop = self.interval
-        return self.guided if start <= index / steps < stop else self.unguided
+        return start <= index / steps < stop
 
 
 def check_scales(
-    guidance_scale: float, image_guidance_scale: float, guidance_interval: Sequence[float] = ALL_STEPS
+    guidance_scale: float,
+    image_guidance_scale: float,
+    guidance_interval: Sequence[float] = ALL_STEPS,
+    guidance_refresh: int = 1,
 ) -> None:
-    """Refuse scales and intervals that mean nothing.
+    """Refuse scales, intervals and refreshes that mean nothing.
 
     Raises:
         ConfigError: every problem.
     """
     problems = [
-        f"{name} must be a number, got {shorten(value)}"
-        for name, value in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale))
-        if not isinstance(value, int | float)
+        *_scale_problems("guidance_scale", guidance_scale, 1, ", which turns it off"),
+        *_scale_problems(
+            "image_guidance_scale", image_guidance_scale, 0, "; 1 turns it off and less weakens the references"
+        ),
+        *_interval_problems(guidance_interval),
     ]
-    interval = list(guidance_interval) if isinstance(guidance_interval, list | tuple) else []
-    if len(interval) != 2 or not all(isinstance(value, int | float) for value in interval):
-        problems.append(f"{INTERVAL}, got {shorten(guidance_interval)}")
-    if problems:
-        raise ConfigError(problems)
-    if not (math.isfinite(guidance_scale) and guidance_scale >= 1):
-        problems.append(f"guidance_scale must be at least 1, which turns it off, got {guidance_scale}")
-    if not (math.isfinite(image_guidance_scale) and image_guidance_scale >= 0):
+    if type(guidance_refresh) is not int or guidance_refresh < 1:
         problems.append(
-            f"image_guidance_scale must be at least 0; 1 turns it off and less weakens the references, "
-            f"got {image_guidance_scale}"
+            f"guidance_refresh must be a whole number of at least 1, which refreshes in every step, "
+            f"got {shorten(guidance_refresh)}"
         )
-    if not 0 <= interval[0] < interval[1] <= 1:
-        problems.append(f"{INTERVAL}, got {tuple(guidance_interval)}")
     if problems:
         raise ConfigError(problems)
+
+
+def _scale_problems(name: str, value: object, least: int, meaning: str) -> list[str]:
+    if not isinstance(value, int | float):
+        return [f"{name} must be a number, got {shorten(value)}"]
+    if math.isfinite(value) and value >= least:
+        return []
+    return [f"{name} must be at least {least}{meaning}, got {value}"]
+
+
+def _interval_problems(interval: object) -> list[str]:
+    if not isinstance(interval, list | tuple) or len(interval) != 2:
+        return [f"{INTERVAL}, got {shorten(interval)}"]
+    if not all(isinstance(value, int | float) for value in interval):
+        return [f"{INTERVAL}, got {shorten(interval)}"]
+    return [] if 0 <= interval[0] < interval[1] <= 1 else [f"{INTERVAL}, got {tuple(interval)}"]
 
 
 def guidance_passes(
@@ -141,6 +166,7 @@ def plan_guidance(
     references: bool,
     interval: Sequence[float] = ALL_STEPS,
     batch: bool = False,
+    refresh: int = 1,
 ) -> GuidancePlan:
     """Choose the calls of all steps.
 
@@ -149,13 +175,14 @@ def plan_guidance(
         references: whether there are any.
         interval: [start, stop), shares of the steps.
         batch: whether passes that see the references share a call, and likewise those that do not.
+        refresh: see `GuidancePlan`.
     """
     passes = guidance_passes(guidance_scale, image_guidance_scale, references)
     if batch:
         guided = tuple(tuple(group) for _, group in groupby(passes, lambda item: item.references))
     else:
         guided = tuple((item,) for item in passes)
-    return GuidancePlan(guided, (guidance_passes(1, 1, references),), (interval[0], interval[1]))
+    return GuidancePlan(guided, (guidance_passes(1, 1, references),), (interval[0], interval[1]), refresh)
 
 
 def combine(predictions: Sequence[Tensor], passes: Sequence[GuidancePass]) -> Tensor:

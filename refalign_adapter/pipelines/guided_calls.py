@@ -1,9 +1,10 @@
 """A stock pipeline's own loop, guided by references: hooks on the transformer make its calls the passes of the plan.
 
 The stock loop calls the transformer with the prompt, then with the negative prompt, and takes u + s · (c − u). What
-the hooks return as c and u makes that the prediction of `guidance.combine`; where one call is enough for a step, the
-loop is told that there is no classifier-free guidance in it. No line of a pipeline's loop is written anew, so that
-whatever else it does (callbacks, interruption, schedulers, timesteps of a model's own) stays as it is.
+the hooks return as c and u makes that the prediction of `guidance.combine`; where one call is enough for a step, as
+where `kept_differences` are added, the loop is told that there is no classifier-free guidance in it. No line of a
+pipeline's loop is written anew, so that whatever else it does (callbacks, interruption, schedulers, timesteps of a
+model's own) stays as it is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..families.base import Family
 from .conditions import EncodedReferences
 from .guidance import Call, GuidancePass, combine, plan_guidance
+from .kept_differences import KeptDifferences
 from .step_caches import pass_context
 
 Arguments = dict[str, Any]
@@ -31,13 +33,14 @@ class GuidedCalls:
     Args:
         pipe: a `ReferencePipeline` in the middle of a call of its own.
         stock_scale: the guidance scale that its loop multiplies by.
-        image_guidance_scale, interval, batch: see `plan_guidance`.
+        image_guidance_scale, interval, batch, refresh: see `plan_guidance`.
         encode: makes what passes are given of references, at the first step, when the text encoder has done its work;
             None without references.
         family: of the transformer.
 
     Attributes:
         negative: those arguments for the negative prompt, which batches of passes need; None: not known (any more).
+        kept: what steps that are not computed in full add; None: not there (any more).
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class GuidedCalls:
         image_guidance_scale: float,
         interval: Sequence[float],
         batch: bool,
+        refresh: int,
         encode: Callable[[], EncodedReferences] | None,
         family: Family,
     ):
@@ -56,13 +60,16 @@ class GuidedCalls:
         self.image_guidance_scale = image_guidance_scale
         self.interval = interval
         self.batch = batch
+        self.refresh = refresh
         self.encode = encode
         self.family = family
         self.references: EncodedReferences | None = None
         self.negative: Arguments | None = None
+        self.kept: KeptDifferences | None = None
         self.asleep = False
         self._index = -1
         self._calls: tuple[Call, ...] = ()
+        self._added: tuple[GuidancePass, ...] = ()  # what kept differences stand for in this step
         self._awaits_negative = False
         self._predictions: dict[GuidancePass, Tensor] = {}
         self._running: list[Call] = []
@@ -118,6 +125,14 @@ class GuidedCalls:
                 self.references = self.encode()
         self._index += 1
         self._predictions = {}
+        self._calls, self._added = self._choose()
+        together = any(len({item.text for item in call}) == 2 for call in self._calls)
+        needs_negative = any(not item.text for call in self._calls for item in call)
+        self._awaits_negative = needs_negative and not together
+        self._running = [call for call in self._calls if call[-1].text or not self._awaits_negative]
+
+    def _choose(self) -> tuple[tuple[Call, ...], tuple[GuidancePass, ...]]:
+        """This step's calls, and the passes that kept differences stand for in it."""
         guided = self.stock_scale > 1 and self.pipe.stock_guidance  # else there is no negative prompt
         plan = plan_guidance(
             self.pipe.guidance_scale if guided else 1.0,
@@ -125,12 +140,14 @@ class GuidedCalls:
             references=self.references is not None,
             interval=self.interval,
             batch=self.batch and self.negative is not None,
+            refresh=self.refresh,
         )
-        self._calls = plan.calls(self._index, self.pipe.num_timesteps)
-        together = any(len({item.text for item in call}) == 2 for call in self._calls)
-        needs_negative = any(not item.text for call in self._calls for item in call)
-        self._awaits_negative = needs_negative and not together
-        self._running = [call for call in self._calls if call[-1].text or not self._awaits_negative]
+        where = self._index, self.pipe.num_timesteps
+        calls = plan.calls(*where)
+        passes = tuple(item for call in calls for item in call)
+        if len(passes) > 1 and plan.adds_kept(*where) and self.kept is not None and self.kept.serve(passes):
+            return plan.unguided, passes
+        return calls, ()
 
     def _after(self, transformer: Any, args: tuple, kwargs: Arguments, output: Any) -> Any:
         if self.asleep or threading.get_ident() != self._thread:
@@ -149,6 +166,10 @@ class GuidedCalls:
             return self._wide(self._predictions[passes[-1]])
         was_awaited, self._awaits_negative = self._awaits_negative, False
         predictions = [self._predictions[item] for item in passes]
+        if self._added and self.kept is not None:
+            return self.kept.add_to(predictions[0], self._added)
+        if self.refresh > 1 and len(passes) > 1:
+            self.kept = KeptDifferences.between(predictions, passes)
         if not was_awaited:
             return combine(predictions, passes)
         if len(passes) == 2 and passes[1].weight == self.stock_scale:

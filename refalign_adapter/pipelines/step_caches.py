@@ -1,7 +1,8 @@
 """diffusers' step caches, `transformer.enable_cache(config)`: which of them go together with references.
 
 Those that keep their state by the name of a cache context do: every pass of a step, and the references' own, has a
-name of its own. The list is of diffusers 0.42; `tests/pipelines/test_step_caches.py` runs every kind.
+name of its own. Of those, some count the calls of a context and take each for the next step, which is wrong where a
+step leaves passes out. The lists are of diffusers 0.42; `tests/pipelines/test_step_caches.py` runs every kind.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ REFUSED = {
 }
 """Names of the others, and what is in the way."""
 
+COUNTING = frozenset({"MagCacheConfig", "TaylorSeerCacheConfig"})
+"""Names of the configurations of `BY_CONTEXT` whose caches count a context's calls; the others look at what they are
+given, or are told the step."""
+
 _prefills = count()
 
 
@@ -41,6 +46,23 @@ def check_step_cache(transformer: Any) -> None:
         raise UserError(
             f"step cache: {name} {reason}; call pipe.transformer.disable_cache(), or enable FirstBlockCacheConfig"
         )
+
+
+def check_refresh(transformer: Any, refresh: int) -> None:
+    """Refuse a step cache that a pass must not be left out of.
+
+    Raises:
+        UserError: which, why, and the ways out.
+    """
+    config = getattr(transformer, "_cache_config", None)
+    name = type(config).__name__
+    if config is None or refresh == 1 or name in BY_CONTEXT - COUNTING:
+        return
+    reason = "counts the calls of a pass as steps" if name in COUNTING else "does not tell passes apart"
+    raise UserError(
+        f"guidance_refresh must be 1 with this step cache, got {refresh}: {name} {reason}; call "
+        "pipe.transformer.disable_cache(), or enable FirstBlockCacheConfig"
+    )
 
 
 def reset_step_cache(transformer: Any) -> None:

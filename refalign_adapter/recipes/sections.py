@@ -99,6 +99,9 @@ class SampleSection(Section):
     num_inference_steps: Few = Field(default=30, description="denoising steps of a video")
     image_guidance_scale: NotNegative = Field(default=5.0, description="guidance towards the references")
     guidance_scale: float = Field(default=7.5, ge=1, le=1e6, description="guidance towards the prompt; 1 = off")
+    guidance_refresh: Few = Field(
+        default=1, description="guidance is computed in the first two steps and every so many; 1 = in every step"
+    )
     seed: Seed = Field(default=0, description="of the initial noise, the same every time")
 
 

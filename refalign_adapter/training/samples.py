@@ -111,6 +111,7 @@ def sample_arguments(recipe: Recipe) -> dict[str, Any]:
         "num_inference_steps": sample.num_inference_steps,
         "guidance_scale": sample.guidance_scale,
         "image_guidance_scale": sample.image_guidance_scale,
+        "guidance_refresh": sample.guidance_refresh,
     }
 
 

@@ -32,7 +32,7 @@ NUMBERS = [
     ("num_inference_steps", 10**12), ("height", 10**9), ("width", -1), ("num_frames", 10**9 + 1), ("fps", 1e-9),
     ("fps", float("nan")), ("fps", float("inf")), ("seed", -1), ("seed", 2**64), ("guidance_scale", float("nan")),
     ("guidance_scale", float("inf")), ("image_guidance_scale", float("nan")), ("max_references", 10**9),
-    ("guidance_interval", (float("nan"), 1.0)),
+    ("guidance_interval", (float("nan"), 1.0)), ("guidance_refresh", 0), ("guidance_refresh", True),
 ]  # fmt: skip
 
 

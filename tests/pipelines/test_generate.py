@@ -138,13 +138,14 @@ def test_a_folder_made_with_something_else_is_refused(given, prompts, tmp_path, 
 def test_the_way_guidance_is_run(given, made, tmp_path):
     image = tmp_path / "a.png"
     picture().save(image)
-    settings = [{}, {"batch_guidance": True}, {"guidance_interval": (0.0, 0.5)}, {"guidance_interval": (0.0, 0.5)}]
-    for changes in settings:
-        generate_one(change(given, num_inference_steps=2, **changes), "a cat", [image], tmp_path / "out.mp4")
-    plain, batched, within, again = made["out.mp4"]
+    part = {"guidance_interval": (0.0, 0.5)}
+    for changes in [{}, {"batch_guidance": True}, part, part, {"guidance_refresh": 3}]:
+        generate_one(change(given, num_inference_steps=3, **changes), "a cat", [image], tmp_path / "out.mp4")
+    plain, batched, within, again, refreshed = made["out.mp4"]
     np.testing.assert_allclose(batched, plain, atol=1e-5)
     assert np.abs(within - plain).max() > 1e-3
     assert np.array_equal(within, again)
+    assert np.abs(refreshed - plain).max() > 1e-4
 
 
 def test_the_command_line_hands_guidance_on(monkeypatch):
@@ -163,17 +164,15 @@ def test_the_command_line_hands_guidance_on(monkeypatch):
         "--reference",
         "r.png",
     ]
-    for more in ([], ["--guidance-interval", "0.1", "0.6", "--batch-guidance"]):
+    for more in ([], ["--guidance-interval", "0.1", "0.6", "--batch-guidance", "--guidance-refresh", "3"]):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*command, *more])
         assert not stopped.value.code
-    assert [(options.guidance_interval, options.batch_guidance) for options in seen] == [
-        ((0.0, 1.0), False),
-        ((0.1, 0.6), True),
-    ]
+    found = [(options.guidance_interval, options.guidance_refresh, options.batch_guidance) for options in seen]
+    assert found == [((0.0, 1.0), 1, False), ((0.1, 0.6), 3, True)]
 
 
-def test_a_folder_is_resumed_with_the_same_interval_only(given, prompts, tmp_path, no_models):
+def test_a_folder_is_resumed_with_the_same_guidance_only(given, prompts, tmp_path, no_models):
     for index in range(3):
         (tmp_path / f"video_{index}.mp4").touch()
     described = generate._describe(given)
@@ -181,7 +180,9 @@ def test_a_folder_is_resumed_with_the_same_interval_only(given, prompts, tmp_pat
     assert generate_many(change(given, guidance_interval=[0.0, 1.0], batch_guidance=True), prompts, tmp_path) == []
     with pytest.raises(ra.UserError, match=r"made with guidance_interval \[0.0, 1.0\], now \[0.2, 1.0\]"):
         generate_many(change(given, guidance_interval=(0.2, 1.0)), prompts, tmp_path)
-    del described["guidance_interval"]
+    with pytest.raises(ra.UserError, match=r"made with guidance_refresh 1, now 2"):
+        generate_many(change(given, guidance_refresh=2), prompts, tmp_path)
+    del described["guidance_interval"], described["guidance_refresh"]
     (tmp_path / OPTIONS_NAME).write_text(json.dumps(described))
     assert generate_many(given, prompts, tmp_path) == []
 
@@ -251,6 +252,7 @@ def test_every_bad_option_is_told_at_once():
             offload="all",
             guidance_scale=0,
             guidance_interval=(0.5, 0.2),
+            guidance_refresh=0,
         )
     assert [problem.split()[0] for problem in caught.value.problems] == [
         "height",
@@ -261,6 +263,7 @@ def test_every_bad_option_is_told_at_once():
         "offload",
         "guidance_scale",
         "guidance_interval",
+        "guidance_refresh",
     ]
 
 

@@ -98,8 +98,13 @@ def test_intervals_that_mean_nothing_are_refused(interval):
 
 def test_all_problems_are_told_at_once():
     with pytest.raises(ra.ConfigError) as caught:
-        check_scales(0.5, -1.0, (1.0, 0.0))
-    assert len(caught.value.problems) == 3
+        check_scales(0.5, "strong", (1.0, 0.0), 0)
+    assert [problem.split(" must")[0] for problem in caught.value.problems] == [
+        "guidance_scale",
+        "image_guidance_scale",
+        "guidance_interval",
+        "guidance_refresh",
+    ]
 
 
 def calls(plan, index=0, steps=1):
@@ -145,6 +150,23 @@ def test_outside_the_interval_the_fully_conditioned_pass_runs_alone(interval, st
     got = [index for index in range(steps) if calls(plan, index, steps) != [alone]]
     assert got == inside
     assert all(call[0].weight == 1 for call in plan.unguided)
+
+
+@pytest.mark.parametrize(
+    ("refresh", "interval", "adding"),
+    [
+        (1, (0.0, 1.0), []),
+        (2, (0.0, 1.0), [3, 5, 7, 9]),
+        (3, (0.0, 1.0), [2, 4, 5, 7, 8]),
+        (4, (0.0, 1.0), [2, 3, 5, 6, 7, 9]),
+        (100, (0.0, 1.0), [2, 3, 4, 5, 6, 7, 8, 9]),
+        (3, (0.3, 0.8), [5, 7]),
+        (3, (0.9, 1.0), []),
+    ],
+)
+def test_guidance_is_computed_in_the_first_two_steps_of_the_interval_and_every_kth(refresh, interval, adding):
+    plan = plan_guidance(7.5, 5.0, references=True, interval=interval, refresh=refresh)
+    assert [index for index in range(10) if plan.adds_kept(index, 10)] == adding
 
 
 def test_without_references_it_is_diffusers_own_arithmetic():

@@ -7,7 +7,7 @@ from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttention
 from tiny_generation import IMAGES, calls_of, generate
 
 import refalign_adapter as ra
-from refalign_adapter.pipelines.step_caches import BY_CONTEXT, REFUSED
+from refalign_adapter.pipelines.step_caches import BY_CONTEXT, COUNTING, REFUSED
 
 GIVEN = {"num_inference_steps": 5, "guidance_scale": 5.0, "image_guidance_scale": 5.0}
 RATIOS = {"num_inference_steps": 5, "mag_ratios": [1.02] * 5}
@@ -86,6 +86,50 @@ def test_a_cache_that_skips_makes_a_video_again_and_forgets_the_last(either, cac
     assert torch.equal(again, first)
     either.transformer.disable_cache()
     assert torch.equal(blocks_run(either, "a cat", IMAGES)[0], expected)
+
+
+@pytest.mark.parametrize("images", [IMAGES, None], ids=["references", "none"])
+@pytest.mark.parametrize("name", sorted(BY_CONTEXT - COUNTING))
+def test_passes_may_be_left_out_where_calls_are_not_counted(either, cached, name, images):
+    given = {"image_guidance_scale": 3.0, "guidance_refresh": 3, "num_inference_steps": 7}
+    expected, blocks = blocks_run(either, "a cat", images, **given)
+    cached(config(name, **EXACT[name]))
+    got, same = blocks_run(either, "a cat", images, **given)
+    prefill = images is not None and either.branch.config.attention == "isolated"
+    assert same == blocks == 4 * (3 if images else 2) + 3 + prefill
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(SKIPPING.keys() - COUNTING))
+def test_a_cache_that_skips_and_passes_left_out_make_a_video_again(either, cached, name):
+    given = {"image_guidance_scale": 3.0, "guidance_refresh": 2}
+    expected, blocks = blocks_run(either, "a cat", IMAGES, **given)
+    cached(config(name, **SKIPPING[name]))
+    first, fewer = blocks_run(either, "a cat", IMAGES, **given)
+    assert fewer < blocks
+    assert 1e-4 < (first - expected).abs().max() < 1
+    blocks_run(either, "a dog", IMAGES[:1], num_inference_steps=2)
+    assert torch.equal(blocks_run(either, "a cat", IMAGES, **given)[0], first)
+
+
+@pytest.mark.parametrize("images", [IMAGES, None], ids=["references", "none"])
+@pytest.mark.parametrize("name", sorted(COUNTING))
+def test_caches_that_count_calls_have_guidance_computed_in_every_step(either, cached, name, images):
+    cached(config(name, **EXACT[name]))
+    with calls_of(either.transformer) as calls, pytest.raises(ra.UserError) as caught:
+        generate(either, "a cat", images, guidance_refresh=2)
+    assert calls == []
+    assert str(caught.value) == (
+        f"guidance_refresh must be 1 with this step cache, got 2: {name} counts the calls of a pass as steps; call "
+        "pipe.transformer.disable_cache(), or enable FirstBlockCacheConfig"
+    )
+
+
+def test_caches_without_contexts_have_guidance_computed_in_every_step(either, cached):
+    current = lambda: either.current_timestep  # noqa: E731
+    cached(PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=current))
+    with pytest.raises(ra.UserError, match="got 2: PyramidAttentionBroadcastConfig does not tell passes apart; call"):
+        generate(either, "a cat", guidance_refresh=2)
 
 
 @pytest.mark.parametrize("name", sorted(SKIPPING))
