@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from refalign_adapter.media.canvas import reference_size
 
-CHANNELS, TEXT_TOKENS, TEXT_WIDTH = 16, 512, 4096
-"""Of every Wan 2.1."""
+TEXT_TOKENS, TEXT_WIDTH = 512, 4096
+"""Of every Wan."""
 
 
 def random_transformer(setting: Setting) -> WanTransformer3DModel:
@@ -32,8 +32,8 @@ def random_transformer(setting: Setting) -> WanTransformer3DModel:
         transformer = WanTransformer3DModel(
             num_attention_heads=size.heads,
             attention_head_dim=size.dim // size.heads,
-            in_channels=CHANNELS,
-            out_channels=CHANNELS,
+            in_channels=size.channels,
+            out_channels=size.channels,
             text_dim=TEXT_WIDTH,
             ffn_dim=size.ffn,
             num_layers=size.layers,
@@ -88,7 +88,7 @@ def sharing_weights(transformer: Any) -> Any:
 def random_video(setting: Setting) -> Tensor:
     """Latents (B, C, F, H, W), float32."""
     size = setting.size
-    return torch.randn(setting.batch, CHANNELS, size.frames, size.height, size.width, device=setting.device)
+    return torch.randn(setting.batch, size.channels, size.frames, size.height, size.width, device=setting.device)
 
 
 def random_text(setting: Setting) -> Tensor:
@@ -107,7 +107,7 @@ def random_references(setting: Setting, *, economical: bool) -> tuple[Tensor, Te
     scale, dropped = (setting.scale, setting.dropped) if economical else (1.0, 0.0)
     height, width = reference_size(setting.size.height, setting.size.width, scale, (PATCH, PATCH))
     shape = setting.batch, setting.references
-    latents = torch.randn(shape[0], CHANNELS, shape[1], height, width, device=setting.device)
+    latents = torch.randn(shape[0], setting.size.channels, shape[1], height, width, device=setting.device)
     rows, columns = height // PATCH, width // PATCH
     left_out = min(round(dropped * rows * columns), rows * columns - 1)
     if not left_out:

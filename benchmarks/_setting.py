@@ -15,19 +15,21 @@ from refalign_adapter.errors import ConfigError
 
 PATCH = 2
 """Latent rows and columns of a token."""
-FRAMES, PIXELS = 4, 8
-"""Of the VAE: video frames per latent frame after the first, pixel rows and columns per latent one."""
+FRAMES = 4
+"""Video frames per latent frame after the first."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("cpu", "cuda")
 
-PresetOption = Annotated[str | None, typer.Option(help="small, 1.3b or 14b; small on the CPU, else 1.3b.")]
+PresetOption = Annotated[
+    str | None, typer.Option(help="small, 1.3b, 14b, or 5b of Wan 2.2; small on the CPU, else 1.3b.")
+]
 DimOption = Annotated[int | None, typer.Option(help="Width of a token.")]
 HeadsOption = Annotated[int | None, typer.Option(help="Attention heads.")]
 LayersOption = Annotated[int | None, typer.Option(help="Transformer blocks.")]
 FfnOption = Annotated[int | None, typer.Option(help="Width of the feed-forward layers.")]
 FramesOption = Annotated[int | None, typer.Option(help="Video frames, 4k + 1.")]
-HeightOption = Annotated[int | None, typer.Option(help="Video height in pixels, a multiple of 16.")]
-WidthOption = Annotated[int | None, typer.Option(help="Video width in pixels, a multiple of 16.")]
+HeightOption = Annotated[int | None, typer.Option(help="Video height in pixels, a multiple of 16 (5b: 32).")]
+WidthOption = Annotated[int | None, typer.Option(help="Video width in pixels, a multiple of 16 (5b: 32).")]
 ReferencesOption = Annotated[int, typer.Option(min=1, help="References of a video.")]
 ScaleOption = Annotated[
     float, typer.Option(help="Isolated: canvas of a reference as a share of the video's, at most 1.")
@@ -50,6 +52,8 @@ class Size:
     Attributes:
         dim, heads, layers, ffn: width of a token, attention heads, blocks, width of the feed-forward layers.
         frames, height, width: of the latents.
+        channels, pixels: of the VAE: latent channels, and pixel rows and columns per latent one.
+        timestep_per_token: whether the pipeline gives every token a timestep of its own.
     """
 
     dim: int
@@ -59,6 +63,9 @@ class Size:
     frames: int
     height: int
     width: int
+    channels: int = 16
+    pixels: int = 8
+    timestep_per_token: bool = False
 
     @property
     def tokens(self) -> int:
@@ -74,8 +81,21 @@ PRESETS = {
     "small": Size(dim=384, heads=6, layers=4, ffn=1536, frames=21, height=30, width=52),
     "1.3b": Size(dim=1536, heads=12, layers=30, ffn=8960, frames=21, height=60, width=104),
     "14b": Size(dim=5120, heads=40, layers=40, ffn=13824, frames=21, height=60, width=104),
+    "5b": Size(
+        dim=3072,
+        heads=24,
+        layers=30,
+        ffn=14336,
+        frames=31,
+        height=44,
+        width=80,
+        channels=48,
+        pixels=16,
+        timestep_per_token=True,
+    ),
 }
-"""Wan 2.1's own sizes at 81 frames of 480 x 832 pixels, and one that a CPU can run, at 240 x 416."""
+"""Wan 2.1's own sizes at 81 frames of 480 x 832 pixels, one that a CPU can run, at 240 x 416, and Wan 2.2 TI2V-5B at
+121 frames of 704 x 1280."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +169,14 @@ def choose_size(
     frames = video_values.pop("frames", None)
     if frames is not None and frames % FRAMES != 1:
         problems.append(f"frames must be 4k + 1, got {frames}")
-    multiple = PIXELS * PATCH
+    pixels = PRESETS[preset].pixels
+    multiple = pixels * PATCH
     problems += [
         f"{name} must be a multiple of {multiple}, got {value}"
         for name, value in video_values.items()
         if value % multiple
     ]
-    latents = {name: value // PIXELS for name, value in video_values.items()}
+    latents = {name: value // pixels for name, value in video_values.items()}
     if frames is not None:
         latents["frames"] = (frames - 1) // FRAMES + 1
     size = dataclasses.replace(PRESETS[preset], **model_values, **latents)

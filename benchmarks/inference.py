@@ -2,11 +2,12 @@
 
     python benchmarks/inference.py                       # a small Wan on the CPU: some minutes
     python benchmarks/inference.py --device cuda --preset 1.3b --references 1
+    python benchmarks/inference.py --device cuda --preset 5b --references 1
     python benchmarks/inference.py --device cuda --reference-scale 0.5 --dropped 0.4 --backend xformers
 
-Random weights, shared by all; the transformer alone, without VAE and text encoder. Every round times all passes there
-and back, and ratios are medians over rounds. Joint attention takes full-size references, and its LoRA is merged, as is
-that of isolated attention with scope all.
+Random weights, shared by all; the transformer alone, without VAE and text encoder. Wan 2.2's 5b gets a timestep for
+every token, as from its pipeline. Every round times all passes there and back, and ratios are medians over rounds.
+Joint attention takes full-size references, and its LoRA is merged, as is that of isolated attention with scope all.
 
 A step has the paper's passes: plain text-to-video two (prompt, negative prompt); with references three, one of which
 goes without them and is counted as plain. A video is 50 steps, and the references' prefill where keys and values are
@@ -90,9 +91,10 @@ def build_cases(setting: Setting) -> dict[str, Case]:
     """All cases on one copy of the weights."""
     torch.manual_seed(0)
     base = models.random_transformer(setting)
+    timesteps = (setting.batch, setting.size.tokens) if setting.size.timestep_per_token else (setting.batch,)
     inputs = {
         "hidden_states": models.random_video(setting).to(setting.dtype),
-        "timestep": torch.full((setting.batch,), 500.0, device=setting.device),
+        "timestep": torch.full(timesteps, 500.0, device=setting.device),
         "encoder_hidden_states": models.random_text(setting).to(setting.dtype),
         "return_dict": False,
     }

@@ -25,7 +25,7 @@ import torch
 import typer
 from _measure import Times, peak_bytes, time_in_turn
 from _report import MIB, Bar, machine, print_bars, print_machine, print_table, write_json
-from _setting import PIXELS, Setting
+from _setting import Setting
 from torch import Tensor, nn
 
 import refalign_adapter as ra
@@ -97,7 +97,7 @@ def random_batch(setting: Setting, references: Tensor, tokens: Tensor | None) ->
     """
     batch, device = setting.batch, setting.device
     count = references.shape[2]
-    grid = tuple(side * PIXELS // TEACHER_PATCH for side in references.shape[3:])
+    grid = tuple(side * setting.size.pixels // TEACHER_PATCH for side in references.shape[3:])
     return Batch(
         keys=[str(index) for index in range(batch)],
         latents=models.random_video(setting),

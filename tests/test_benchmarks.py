@@ -184,7 +184,19 @@ def test_sizes_that_do_not_fit_are_refused(model, video, message):
 
 def test_presets_have_the_tokens_of_the_real_videos():
     presets = importlib.import_module("_setting").PRESETS
-    assert {name: size.tokens for name, size in presets.items()} == {"small": 8190, "1.3b": 32760, "14b": 32760}
+    assert {name: size.tokens for name, size in presets.items()} == {
+        "small": 8190,
+        "1.3b": 32760,
+        "14b": 32760,
+        "5b": 27280,
+    }
+
+
+def test_wan_22_5b_has_a_timestep_for_every_token(tmp_path):
+    found, _ = run("inference", tmp_path / "figures.json", preset="5b", height=64, width=96)
+    assert (found["tokens"], found["reference_tokens"]) == (2 * 2 * 3, 2 * 2 * 3)
+    size = found["setting"]["size"]
+    assert (size["channels"], size["height"], size["width"], size["timestep_per_token"]) == (48, 4, 6, True)
 
 
 def test_growth_is_the_slope_of_the_second_half():
