@@ -21,6 +21,7 @@ CONFIG = {
     "num_layers": 2,
 }
 WAN_1_3B = {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}
+WAN_5B = {"num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
 WAN_14B = {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824}
 WAN_2_1 = {
     "patch_size": (1, 2, 2),
@@ -130,7 +131,9 @@ def test_only_the_lora_trains_and_it_is_float32(dtype):
     assert changed == {name for name in trainable if "lora_B" in name}  # A has no gradient while B is zero
 
 
-@pytest.mark.parametrize(("sizes", "megabytes"), [(WAN_1_3B, 175), (WAN_14B, 613)], ids=["1.3B", "14B"])
+@pytest.mark.parametrize(
+    ("sizes", "megabytes"), [(WAN_1_3B, 175), (WAN_5B, 322), (WAN_14B, 613)], ids=["1.3B", "5B", "14B"]
+)
 def test_the_real_configurations_get_lora_of_the_expected_shapes_and_size(sizes, megabytes):
     with torch.device("meta"):
         transformer = WanTransformer3DModel(**WAN_2_1 | sizes)

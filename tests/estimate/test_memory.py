@@ -99,7 +99,7 @@ def test_optimizer_state_is_that_of_a_real_step(setting_of, optimizer, smallest)
     assert optimizer_bytes(recipe, meta[:2], meta[2:]) == expected
 
 
-@pytest.mark.parametrize(("name", "megabytes"), [("1.3b", 175), ("14b", 613)])
+@pytest.mark.parametrize(("name", "megabytes"), [("1.3b", 175), ("5b", 322), ("14b", 613)])
 def test_a_lora_on_all_layers_has_the_known_size(wan_setting, name, megabytes):
     setting = wan_setting(name, *JOINT)
     step = build_step(setting.recipe, setting.models, torch.bfloat16)
