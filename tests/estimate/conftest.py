@@ -106,7 +106,8 @@ def wan_setting(wan):
     """`wan_setting("14b", "key=value", …)`: the setting of a recipe that comes along, on configs alone."""
 
     def make(name, *overrides, **asked):
-        recipe = Path(__file__).parents[2] / f"recipes/configs/wan2.1-t2v-{name}/stage1.yaml"
+        model = "wan2.2-ti2v-5b" if name == "5b" else f"wan2.1-t2v-{name}"
+        recipe = Path(__file__).parents[2] / f"recipes/configs/{model}/stage1.yaml"
         here = [f"pretrained_model_name_or_path={wan / name}", f"adapter.teachers=[{wan / 'teacher'}]"]
         return read_setting(load_recipe(recipe, [*here, *overrides]), Asked(**asked))
 
