@@ -7,6 +7,7 @@ from refalign_adapter.errors import UserError
 from refalign_adapter.recipes import optimizers
 from refalign_adapter.recipes.cache_options import options_of
 from refalign_adapter.recipes.file import changes, flat_values, load_recipe, save_recipe
+from refalign_adapter.training.samples import sample_arguments
 
 
 def test_defaults_are_the_papers_where_it_gives_them(recipe_file):
@@ -215,3 +216,12 @@ def test_an_adapter_without_lora_has_nothing_to_train(recipe_file):
         "adapter.r must be at least 1 to train, got 0: an adapter without LoRA has nothing to train; it is for a base "
         "that was trained whole"
     ]
+
+
+def test_samples_are_guided_as_the_recipe_says(recipe_file):
+    assert sample_arguments(load_recipe(recipe_file()))["guidance_refresh"] == 1
+    given = {"guidance_refresh": 3, "guidance_scale": 4.0, "image_guidance_scale": 2.0}
+    found = sample_arguments(load_recipe(recipe_file(), [f"sample.{name}={value}" for name, value in given.items()]))
+    assert {name: found[name] for name in given} == given
+    (problem,) = problems(recipe_file(), "sample.guidance_refresh=0")
+    assert problem.endswith("sample.guidance_refresh should be greater than or equal to 1, got 0")
