@@ -6,14 +6,18 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
+
+from refalign_adapter.errors import UserError
 
 PACKAGES = ("torch", "diffusers", "peft", "bitsandbytes", "xformers", "refalign-adapter")
 MIB = 2**20
@@ -89,6 +93,32 @@ def print_bars(bars: list[Bar]) -> None:
     """Which bars are met."""
     rows = [[bar.what, f"{bar.value:.3f}", f"{bar.limit:.3f}", "met" if bar.met else "MISSED"] for bar in bars]
     print_table("Bars", ("", "measured", "at most", ""), rows)
+
+
+def start(main: Callable[..., None]) -> None:
+    """Run a benchmark by its command line; a mistake of the user's is a line, not a traceback."""
+    try:
+        typer.run(main)
+    except UserError as error:
+        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
+
+
+def report(setting: Any, measure: Callable[[Any], Any], show: Callable[[Any], None], path: Path | None) -> None:
+    """Measure in a setting, see `_setting`, and tell where, how and what.
+
+    Args:
+        setting: of the measurement.
+        measure: makes a result of it, which has `to_dict`.
+        show: prints that.
+        path: of the JSON; None: none is written.
+    """
+    facts = machine(setting.device)
+    print_machine(facts)
+    print(setting)
+    result = measure(setting)
+    show(result)
+    if path is not None:
+        write_json(path, {"machine": facts, "setting": setting, **result.to_dict()})
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:

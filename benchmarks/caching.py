@@ -13,7 +13,6 @@ the keys and digests of a row are a few kilobytes that have to be kept.
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -25,7 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 import psutil
 import typer
-from _report import MIB, Bar, machine, print_bars, print_machine, print_table, write_json
+from _report import MIB, Bar, machine, print_bars, print_machine, print_table, start, write_json
 from _setting import JsonOption
 
 from refalign_adapter.data.cache.build import CacheReport, cache_dataset
@@ -232,7 +231,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
+    start(main)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -28,7 +27,7 @@ import _setting as options
 import torch
 import typer
 from _measure import Times, time_in_turn
-from _report import Bar, machine, print_bars, print_machine, print_table, write_json
+from _report import Bar, machine, print_bars, print_machine, print_table, start, write_json
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -263,7 +262,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
+    start(main)

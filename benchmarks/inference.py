@@ -19,7 +19,6 @@ the same size and layout, timed in the same rounds.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,9 +28,8 @@ from typing import Any
 import _models as models
 import _setting as options
 import torch
-import typer
 from _measure import Times, peak_bytes, time_in_turn
-from _report import MIB, Bar, machine, print_bars, print_machine, print_table, write_json
+from _report import MIB, Bar, print_bars, print_table, report, start
 from _setting import Setting
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
@@ -39,7 +37,6 @@ from torch import Tensor
 import refalign_adapter as ra
 from refalign_adapter.branch.reference_branch import ReferenceBranch
 from refalign_adapter.branch.reference_cache import ReferenceCache
-from refalign_adapter.errors import UserError
 
 STEPS = 50
 PLAIN, JOINT, REFERENCE, ALL = "plain", "joint, merged", "isolated/reference, cached", "isolated/all, merged, cached"
@@ -303,17 +300,8 @@ def main(
         backend=backend,
         rounds=rounds,
     )
-    facts = machine(device)
-    print_machine(facts)
-    print(setting)
-    result = measure(setting)
-    print_result(result)
-    if json is not None:
-        write_json(json, {"machine": facts, "setting": setting, **result.to_dict()})
+    report(setting, measure, print_result, json)
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
+    start(main)

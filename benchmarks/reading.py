@@ -13,7 +13,6 @@ nothing else meanwhile. Staleness: files are hashed the first time and known by 
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import torch
 import training
 import typer
 from _measure import time_in_turn
-from _report import Bar, machine, print_bars, print_machine, print_table, write_json
+from _report import Bar, print_bars, print_table, report, start
 from _setting import Setting
 from torch import Tensor
 
@@ -38,7 +37,6 @@ from refalign_adapter.data.cache.index import FORMAT, write_meta
 from refalign_adapter.data.cache.options import CacheOptions
 from refalign_adapter.data.cache.part_file import write_tensor
 from refalign_adapter.data.cache.parts import Expected, PartStore
-from refalign_adapter.errors import UserError
 from refalign_adapter.hashes import hash_of
 
 SHARE = 0.01
@@ -251,18 +249,9 @@ def main(
         checkpointing=checkpointing,
         rounds=rounds,
     )
-    facts = machine(device)
-    print_machine(facts)
-    print(setting)
     with tempfile.TemporaryDirectory(dir=folder) as below:
-        result = measure(setting, Path(below), rows, files, parts)
-    print_result(result)
-    if json is not None:
-        write_json(json, {"machine": facts, "setting": setting, **result.to_dict()})
+        report(setting, lambda given: measure(given, Path(below), rows, files, parts), print_result, json)
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
+    start(main)

@@ -14,7 +14,6 @@ dropped, so that every step is a full one. Every round times all steps there and
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -24,7 +23,7 @@ import _setting as options
 import torch
 import typer
 from _measure import Times, peak_bytes, time_in_turn
-from _report import MIB, Bar, machine, print_bars, print_machine, print_table, write_json
+from _report import MIB, Bar, print_bars, print_table, report, start
 from _setting import Setting
 from torch import Tensor, nn
 
@@ -287,17 +286,8 @@ def main(
         nf4=nf4,
         rounds=rounds,
     )
-    facts = machine(device)
-    print_machine(facts)
-    print(setting)
-    result = measure(setting)
-    print_result(result)
-    if json is not None:
-        write_json(json, {"machine": facts, "setting": setting, **result.to_dict()})
+    report(setting, measure, print_result, json)
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
+    start(main)
