@@ -150,7 +150,8 @@ class Encoders:
         problems += fixed_size_problems(options.reference_size, multiples[1:])
         rate = self.family.frame_rate
         if rate is not None and options.fps not in (None, rate):
-            problems.append(f"data.fps must be {rate:g}, of which {self.family.key!r} makes positions, or null")
+            got = f"got {options.fps:g}"
+            problems.append(f"data.fps must be {rate:g}, of which {self.family.key!r} makes positions, or null; {got}")
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
 
