@@ -131,13 +131,15 @@ class LTXFamily(Family):
         self, transformer: Any, clips: Tensor, frames: Tensor, corner: tuple[int, int] = (0, 0)
     ) -> dict[str, Any]:
         arguments = super().reference_arguments(transformer, clips, frames, corner)
-        return arguments | {"video_coords": _places(frames, tuple(clips.shape[-2:]), corner)}
+        return arguments | {"video_coords": _places(frames, (clips.shape[3], clips.shape[4]), corner)}
 
     def append_references(
         self, transformer: Any, arguments: dict[str, Any], references: Tensor, *, clean: bool
     ) -> tuple[int, int]:
         if arguments.get("video_coords") is not None:
-            raise UserError("video_coords: joint attention makes positions of num_frames, height and width; leave it out")
+            raise UserError(
+                "video_coords: joint attention makes positions of num_frames, height and width; leave it out"
+            )
         batch, frames, rows, columns = self.call_shape(transformer, arguments)
         video = arguments["hidden_states"]
         check_fit(_unpacked(video, (frames, rows, columns)), references)

@@ -25,7 +25,15 @@ from .step_caches import check_refresh
 DEFAULTS = {"guidance_scale": 7.5, "max_sequence_length": None}
 """Of a call with an adapter, in place of the stock pipeline's: the scale is the paper's; None stands for the length
 that the adapter was trained with."""
-LOOP = ("_guidance_scale", "_guidance_rescale", "_attention_kwargs", "_current_timestep", "_interrupt", "_num_timesteps", "_guide")
+LOOP = (
+    "_guidance_scale",
+    "_guidance_rescale",
+    "_attention_kwargs",
+    "_current_timestep",
+    "_interrupt",
+    "_num_timesteps",
+    "_guide",
+)
 """What a call leaves on its pipeline for properties and callbacks to read."""
 
 

@@ -1,4 +1,4 @@
-"""Where references stand in LTX-Video: seconds and pixels, beside a longer or larger video's; timesteps of their own."""
+"""Where references of LTX-Video stand, in seconds and pixels, as in a longer or larger video; timesteps of their own."""
 
 import math
 

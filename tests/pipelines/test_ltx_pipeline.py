@@ -106,7 +106,8 @@ def test_the_vae_compresses_as_positions_count():
 def test_without_references_a_video_is_the_stock_pipelines_bit_for_bit(load, prompts, changes):
     given = GIVEN | {"guidance_scale": 7.5} | changes
     expected, got = (
-        pipe(prompts, generator=torch.Generator().manual_seed(3), **given).frames for pipe in (stock(), load("isolated"))
+        pipe(prompts, generator=torch.Generator().manual_seed(3), **given).frames
+        for pipe in (stock(), load("isolated"))
     )
     assert torch.equal(torch.as_tensor(got), torch.as_tensor(expected))
 

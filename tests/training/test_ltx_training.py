@@ -21,6 +21,7 @@ from refalign_adapter.training.base_model import read_base
 from refalign_adapter.training.setup import step_options
 from refalign_adapter.training.step import TrainingStep
 
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with `base`, clips and `recipe.yaml`."""
