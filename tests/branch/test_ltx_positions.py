@@ -1,4 +1,4 @@
-"""Where references of LTX-Video stand, in seconds and pixels, as in a longer or larger video; timesteps of their own."""
+"""Where references of LTX-Video stand, in seconds and pixels, beside longer and larger videos; their timesteps."""
 
 import math
 
