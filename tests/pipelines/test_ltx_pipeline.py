@@ -284,3 +284,17 @@ def test_what_does_not_fit_is_told_before_any_model_runs(load, changes, message)
     pipe = load("isolated")
     with pytest.raises(ra.UserError, match=message):
         pipe(**{"prompt": "a cat", "reference_images": IMAGES} | GIVEN | changes)
+
+
+@modes
+@pytest.mark.parametrize("images", [IMAGES, None])
+def test_kept_differences_serve_steps_that_make_one_call(load, attention, images):
+
+    pipe = load(attention)
+    given = {"num_inference_steps": 5, "guidance_scale": 6.0, "image_guidance_scale": 4.0, "guidance_rescale": 0.5}
+    full, seen = arguments_of_calls(pipe, "a cat", images, **given)
+    kept, fewer = arguments_of_calls(pipe, "a cat", images, guidance_refresh=3, **given)
+    passes = 3 if images else 2
+    assert len(seen) == 5 * (passes if images else 1)
+    assert [len(call["hidden_states"]) for call in fewer] == [1] * (passes + passes + 1 + passes + 1)
+    assert 1e-4 < (kept - full).abs().max() < 1.0
