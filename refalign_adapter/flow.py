@@ -5,6 +5,7 @@ Sources: rectified flow (arXiv 2209.03003); logit-normal sampling and shift (SD3
 diffusers' FlowMatchEulerDiscreteScheduler for the shift.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,6 +16,13 @@ from .errors import UserError
 TIMESTEPS = 1000.0
 
 TimestepSampling = Literal["uniform", "logit_normal"]
+Shift = Callable[[int], float]
+"""The timestep shift of a video, by the number of its tokens."""
+
+
+def unshifted(tokens: int) -> float:
+    """The shift that changes nothing."""
+    return 1.0
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:

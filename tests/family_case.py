@@ -29,13 +29,20 @@ class Case:
 
     Attributes:
         family: the object.
-        pipeline: makes its pipeline, small and random, with 3 blocks, flow shift 3 and the parts of `tiny_models`.
+        pipeline: makes its pipeline, small and random, with 3 blocks and the parts of `tiny_models`.
         released: name -> (configuration of a released transformer, how many parameters that has).
+        shifts: tokens of a video -> the flow shift of that pipeline's scheduler.
     """
 
     family: Family
     pipeline: Callable[[], Any]
     released: dict[str, tuple[dict[str, Any], int]] = field(default_factory=dict)
+    shifts: dict[int, float] = field(default_factory=lambda: {12: 3.0, 32_760: 3.0})
+
+    def tokens(self, transformer: Any) -> int:
+        """Of an image of H × W latents."""
+        _, rows, columns = self.family.patch_size(transformer)
+        return H // rows * (W // columns)
 
     def size(self, pipe: Any) -> tuple[int, int, int]:
         """Frames, height and width of a video of 2 latent frames, 2 rows and 3 columns of tokens."""

@@ -23,7 +23,7 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="In place of the empty text.")] = None,
     height: Annotated[int, typer.Option(help="Pixels.")] = 480,
     width: Annotated[int, typer.Option(help="Pixels.")] = 832,
-    num_frames: Annotated[int, typer.Option(help="Frames, 4 k + 1 for Wan.")] = 81,
+    num_frames: Annotated[int, typer.Option(help="Frames: 4 k + 1 for Wan, 8 k + 1 for LTX-Video.")] = 81,
     fps: Annotated[float, typer.Option(help="Frames per second of the file.")] = 16,
     num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="How strongly the prompt pulls; 1 turns it off.")] = 7.5,

@@ -18,11 +18,12 @@ from ..errors import UserError, one_line
 from ..families._base_model import read_base_model
 from ..families._pipeline_folder import PipelineFolder, reading
 from ..families.base import Family
+from ..flow import Shift
 from ..recipes.schema import Recipe
 from ..teachers._hub import local_folder, read_config, read_processor
 from ..teachers.base import Teacher
 from ..teachers.lookup import find_teacher
-from ..training.base_model import FIELD
+from ..training.base_model import FIELD, shift_of
 
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
 
@@ -39,7 +40,7 @@ class Models:
     """
 
     family: Family
-    shift: float
+    shift: Shift
     transformer_class: Any
     transformer_config: dict[str, Any]
     channels: int
@@ -64,7 +65,7 @@ def read_models(recipe: Recipe, options: CacheOptions) -> Models:
         ConfigError: sizes that the base cannot cut into tokens.
     """
     base = read_base_model(options.base_model, field=FIELD, revision=options.revision, family=recipe.family)
-    shift = base.flow_shift() if recipe.flow.shift is None else recipe.flow.shift
+    shift = shift_of(recipe, base)
     with _told(recipe):
         vae, text_encoder = base.component("vae"), _text_encoder(base.folder, options)
     encoders = Encoders(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ..errors import UserError
+from ..flow import Shift
 from ._pipeline_folder import PipelineFolder, open_pipeline, reading
 from .base import Family
 from .lookup import load_family
@@ -51,8 +53,8 @@ class BaseModel:
         with reading(self.folder.name, self.folder.field), torch.device("meta"):
             return model_class.from_config(self.folder.config(name))
 
-    def flow_shift(self) -> float:
-        """The timestep shift that its scheduler is configured with.
+    def flow_shift(self) -> Shift:
+        """The timestep shift that its scheduler is configured with, by the number of a video's tokens.
 
         Raises:
             UserError: there is no scheduler.
@@ -61,7 +63,8 @@ class BaseModel:
         if scheduler is None:
             raise UserError(f"{self.folder.field}: {self.folder.name!r} has no scheduler; set flow.shift")
         with reading(self.folder.name, self.folder.field):
-            return self.family.flow_shift(scheduler.from_pretrained(self.folder.path, subfolder="scheduler"))
+            loaded = scheduler.from_pretrained(self.folder.path, subfolder="scheduler")
+        return partial(self.family.flow_shift, loaded)
 
 
 def read_base_model(

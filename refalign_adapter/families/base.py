@@ -34,8 +34,9 @@ class Family(ABC):
     `PeftAdapterMixin`; its blocks' self-attention has `set_processor`, and a processor that attends by
     `dispatch_attention_fn` or `F.scaled_dot_product_attention`. The pipeline's call takes `prompt`, `negative_prompt`,
     `height`, `width`, `num_frames`, `guidance_scale`, `latents` and `output_type`; it asks
-    `do_classifier_free_guidance` in every step, calls the transformer with the prompt, then with the negative one, and
-    takes u + s · (c − u); it has `encode_prompt`, `guidance_scale`, `num_timesteps` and a `scheduler`.
+    `do_classifier_free_guidance` in every step, calls the transformer with the prompt, then with the negative one, or
+    once with both (`batched_guidance`), and takes u + s · (c − u); it has `encode_prompt`, `guidance_scale`,
+    `num_timesteps` and a `scheduler`.
 
     Attributes:
         key: the name it is known by, equal to its file's or its entry point's.
@@ -49,6 +50,11 @@ class Family(ABC):
         text_arguments: names of those that hold what the text encoder made of a prompt, its embeddings first.
         prompt_arguments: names of the pipeline call's arguments that have a row for each prompt: embeddings, those of
             negative prompts, and what else goes with them, such as masks.
+        batched_guidance: whether the pipeline's loop calls the transformer once for both prompts, the negative ones in
+            the batch's first half, and multiplies by the `guidance_scale` that the pipeline has at that step.
+        timestep_per_token: whether the transformer takes timesteps (B, tokens) too.
+        frame_rate: frames a second of which positions are made, where they count seconds; clips are sampled at it.
+            None: positions count frames.
     """
 
     key: str
@@ -61,6 +67,9 @@ class Family(ABC):
     timestep_argument: str = "timestep"
     text_arguments: tuple[str, ...] = (EMBEDDING,)
     prompt_arguments: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")
+    batched_guidance: bool = False
+    timestep_per_token: bool = False
+    frame_rate: float | None = None
 
     @abstractmethod
     def transformer_problem(self, transformer: Any) -> str | None:
@@ -192,31 +201,36 @@ class Family(ABC):
         check_fit(video, references)
         batch, frames, rows, columns = self.call_shape(transformer, arguments)
         of_video, of_one = frames * rows * columns, rows * columns
-        timestep = arguments.get(self.timestep_argument)
-        if clean or (isinstance(timestep, Tensor) and timestep.ndim == 2):
-            arguments[self.timestep_argument] = self.reference_timestep(
-                timestep, batch, of_video, references.shape[2] * of_one, clean=clean
-            )
+        self.append_timesteps(arguments, batch, of_video, references.shape[2] * of_one, clean=clean)
         arguments[self.video_argument] = torch.cat([video, references.to(video)], 2)
         return of_video, of_one
 
-    def reference_timestep(self, timestep: Any, batch: int, tokens: int, references: int, *, clean: bool) -> Tensor:
-        """The timestep argument, one for each token, of a call whose references ride along.
+    def append_timesteps(
+        self, arguments: dict[str, Any], batch: int, tokens: int, references: int, *, clean: bool
+    ) -> None:
+        """Change a call's timesteps for references that ride along, where that of each sample will not do.
 
         Args:
-            timestep: as it was given: one for all, for each sample or for each token.
+            arguments: by name, changed in place; the timestep is one for all, for each sample or for each token.
             batch: B.
             tokens: of the video, first in the sequence.
             references: tokens of the references, after them.
             clean: whether those are at timestep 0; else at that of the sample's last token.
 
         Raises:
-            UserError: this family takes one timestep per sample only.
+            UserError: `clean`, of a model that takes one timestep per sample only.
         """
-        raise UserError(
-            f"reference_timestep: {self.key!r} takes one timestep per sample, which references share with the video; "
-            "use 'video'"
-        )
+        timestep: Tensor = arguments[self.timestep_argument]
+        if clean and not self.timestep_per_token:
+            raise UserError(
+                f"reference_timestep: {self.key!r} takes one timestep per sample, which references share with the "
+                "video; use 'video'"
+            )
+        if clean or timestep.ndim == 2:
+            of_video = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1).expand(batch, tokens)
+            of_references = of_video[:, -1:].expand(-1, references)
+            timesteps = [of_video, torch.zeros_like(of_references) if clean else of_references]
+            arguments[self.timestep_argument] = torch.cat(timesteps, 1)
 
     def cut_references(self, output: Any, count: int, tokens: int) -> Any:
         """The transformer's output without what `count` references, of `tokens` tokens in all, added to it."""
@@ -280,8 +294,8 @@ class Family(ABC):
         return videos, channels, (frames - 1) // time + 1, height * patch[1] // rows, width * patch[2] // columns
 
     @abstractmethod
-    def flow_shift(self, scheduler: Any) -> float:
-        """The timestep shift the model's scheduler is configured with."""
+    def flow_shift(self, scheduler: Any, tokens: int) -> float:
+        """The timestep shift that the model's scheduler is configured with, for a video of so many tokens."""
 
 
 def check_fit(video: Tensor, references: Tensor) -> None:

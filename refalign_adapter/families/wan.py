@@ -30,6 +30,7 @@ class WanFamily(Family):
     key = "wan"
     transformer_classes = ("WanTransformer3DModel",)
     pipeline_class = "WanPipeline"
+    timestep_per_token = True
 
     def transformer_problem(self, transformer: Any) -> str | None:
         config = transformer.config
@@ -113,11 +114,6 @@ class WanFamily(Family):
     def forward_arguments(self, transformer: Any, latents: Tensor, sigmas: Tensor, text: Text) -> dict[str, Any]:
         return {"hidden_states": latents, "timestep": sigmas * TIMESTEPS, **text, "return_dict": False}
 
-    def reference_timestep(self, timestep: Any, batch: int, tokens: int, references: int, *, clean: bool) -> Tensor:
-        of_video = timestep if timestep.ndim == 2 else timestep.reshape(-1, 1).expand(batch, tokens)
-        of_references = of_video[:, -1:].expand(-1, references)
-        return torch.cat([of_video, torch.zeros_like(of_references) if clean else of_references], 1)
-
     def load_transformer(self, name: str, **options: Any) -> nn.Module:
         from diffusers import WanTransformer3DModel
 
@@ -161,7 +157,7 @@ class WanFamily(Family):
         )
         return {EMBEDDING: embeds}
 
-    def flow_shift(self, scheduler: Any) -> float:
+    def flow_shift(self, scheduler: Any, tokens: int) -> float:
         config = scheduler.config
         return float(config.get("flow_shift") or config.get("shift") or 1.0)
 

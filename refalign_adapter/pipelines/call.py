@@ -25,7 +25,15 @@ from .step_caches import check_refresh
 DEFAULTS = {"guidance_scale": 7.5, "max_sequence_length": None}
 """Of a call with an adapter, in place of the stock pipeline's: the scale is the paper's; None stands for the length
 that the adapter was trained with."""
-LOOP = ("_guidance_scale", "_attention_kwargs", "_current_timestep", "_interrupt", "_num_timesteps", "_guide")
+LOOP = (
+    "_guidance_scale",
+    "_guidance_rescale",
+    "_attention_kwargs",
+    "_current_timestep",
+    "_interrupt",
+    "_num_timesteps",
+    "_guide",
+)
 """What a call leaves on its pipeline for properties and callbacks to read."""
 
 
@@ -103,6 +111,7 @@ class ReferenceCall(ReferencePipeline):
             given = self._read_given(reference_images, reference_cache, prompts, size)
             if given is not None:
                 self._check_settings(given, arguments.get("attention_kwargs"))
+                self._check_rate(arguments)
             videos = arguments.get("num_videos_per_prompt", 1)
             guide = GuidedCalls(
                 self,
@@ -168,6 +177,16 @@ class ReferenceCall(ReferencePipeline):
             if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
                 got = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
                 raise UserError(f"latents must have shape {shape} for this video, got {got}")
+
+    def _check_rate(self, arguments: dict[str, Any]) -> None:
+        """Refuse a rate of frames at which isolated references, which are placed beforehand, would be elsewhere."""
+        placed = self._family.frame_rate
+        given = arguments.get("frame_rate", placed)
+        if given != placed and self._reference_branch().config.attention == "isolated":
+            raise UserError(
+                f"frame_rate: references with attention 'isolated' are placed for {placed:g} frames a second, got "
+                f"{shorten(given)}; leave it out, or train an adapter with attention='joint'"
+            )
 
     @contextmanager
     def _remembered(self) -> Iterator[None]:

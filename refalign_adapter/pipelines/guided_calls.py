@@ -5,6 +5,9 @@ the hooks return as c and u makes that the prediction of `guidance.combine`; whe
 where `kept_differences` are added, the loop is told that there is no classifier-free guidance in it. No line of a
 pipeline's loop is written anew, so that whatever else it does (callbacks, interruption, schedulers, timesteps of a
 model's own) stays as it is.
+
+A loop that calls the transformer once for both prompts (`Family.batched_guidance`) gets both predictions of each step,
+whatever was run for them.
 """
 
 from __future__ import annotations
@@ -67,6 +70,7 @@ class GuidedCalls:
         self.negative: Arguments | None = None
         self.kept: KeptDifferences | None = None
         self.asleep = False
+        self._both = family.batched_guidance and stock_scale > 1
         self._index = -1
         self._calls: tuple[Call, ...] = ()
         self._added: tuple[GuidancePass, ...] = ()  # what kept differences stand for in this step
@@ -103,6 +107,8 @@ class GuidedCalls:
 
     def wants_negative(self, stock: bool) -> bool:
         """Whether the loop is to call the transformer with the negative prompt; `stock`: whether it would."""
+        if self.family.batched_guidance:  # it has put the prompts together once for all steps
+            return self._both
         return stock and (self._index < 0 or self._awaits_negative)
 
     def _before(self, transformer: Any, args: tuple, kwargs: Arguments) -> tuple[tuple, Arguments] | None:
@@ -113,7 +119,12 @@ class GuidedCalls:
             self.negative = {name: arguments[name] for name in self.family.text_arguments}
             self._running = [call for call in self._calls if not call[-1].text]
         else:
+            if self._both:
+                self.negative, arguments = self._halves(arguments)
             self._begin_step()
+            if self._both and self._is_the_loops_own():
+                self._running = []
+                return None
         self._given = arguments
         call = self._running[-1]  # the most conditioned; the others follow when it is done
         self._around.enter_context(self._passing(call))
@@ -128,7 +139,7 @@ class GuidedCalls:
         self._calls, self._added = self._choose()
         together = any(len({item.text for item in call}) == 2 for call in self._calls)
         needs_negative = any(not item.text for call in self._calls for item in call)
-        self._awaits_negative = needs_negative and not together
+        self._awaits_negative = needs_negative and not together and not self._both
         self._running = [call for call in self._calls if call[-1].text or not self._awaits_negative]
 
     def _choose(self) -> tuple[tuple[Call, ...], tuple[GuidancePass, ...]]:
@@ -150,14 +161,14 @@ class GuidedCalls:
         return calls, ()
 
     def _after(self, transformer: Any, args: tuple, kwargs: Arguments, output: Any) -> Any:
-        if self.asleep or threading.get_ident() != self._thread:
+        if self.asleep or threading.get_ident() != self._thread or not self._running:
             return None
         self._around.close()
         self._keep(self._running[-1], output)
         for call in self._running[:-1]:
             with self.sleeping(), self._passing(call):
                 self._keep(call, transformer(**self._arguments_of(call)))
-        return _with_prediction(output, self._prediction())
+        return _with_prediction(output, self._both_predictions() if self._both else self._prediction())
 
     def _prediction(self) -> Tensor:
         """What the loop gets of the call that has just been made."""
@@ -165,17 +176,29 @@ class GuidedCalls:
         if self._awaits_negative and len(self._predictions) < len(passes):
             return self._wide(self._predictions[passes[-1]])
         was_awaited, self._awaits_negative = self._awaits_negative, False
+        guided = self._guided(passes)
+        if not was_awaited:
+            return guided
+        if len(passes) == 2 and passes[1].weight == self.stock_scale:
+            return self._wide(self._predictions[passes[0]])  # the loop's own formula is the one
+        return _unconditional(guided, self._predictions[passes[-1]].float(), self.stock_scale)
+
+    def _both_predictions(self) -> Tensor:
+        """What a loop gets that calls once for both prompts: (2B, …), u first."""
+        passes = [item for call in self._calls for item in call]
+        guided, conditional, scale = self._guided(passes), self._predictions[passes[-1]], self.pipe.guidance_scale
+        if guided is conditional or scale <= 1:
+            return torch.cat([guided, guided])
+        return torch.cat([_unconditional(guided, conditional.float(), scale), conditional.float()])
+
+    def _guided(self, passes: Sequence[GuidancePass]) -> Tensor:
+        """This step's prediction, all of its passes being done; differences are kept for later steps."""
         predictions = [self._predictions[item] for item in passes]
         if self._added and self.kept is not None:
             return self.kept.add_to(predictions[0], self._added)
         if self.refresh > 1 and len(passes) > 1:
             self.kept = KeptDifferences.between(predictions, passes)
-        if not was_awaited:
-            return combine(predictions, passes)
-        if len(passes) == 2 and passes[1].weight == self.stock_scale:
-            return self._wide(predictions[0])  # the loop's own formula is the one
-        conditional = predictions[-1].float()
-        return (combine(predictions, passes) - self.stock_scale * conditional) / (1 - self.stock_scale)
+        return combine(predictions, passes)
 
     def _wide(self, prediction: Tensor) -> Tensor:
         """In float32, as differences of predictions are multiplied; without references as stock does it."""
@@ -184,6 +207,22 @@ class GuidedCalls:
     def _keep(self, call: Call, output: Any) -> None:
         prediction = output[0] if isinstance(output, tuple) else output.sample
         self._predictions |= zip(call, prediction.chunk(len(call)), strict=True)
+
+    def _is_the_loops_own(self) -> bool:
+        """Whether this step is the call for both prompts as the loop makes it."""
+        return self.references is None and self.refresh == 1 and sum(map(len, self._calls)) == 2
+
+    def _halves(self, arguments: Arguments) -> tuple[Arguments, Arguments]:
+        """Of a call for both prompts, the text arguments of its first half and all of its second."""
+        count = len(arguments[self.family.video_argument])
+        negative, positive = (
+            {
+                name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+                for name, value in arguments.items()
+            }
+            for rows in (slice(count // 2), slice(count // 2, None))
+        )
+        return {name: negative[name] for name in self.family.text_arguments}, positive
 
     def _arguments_of(self, call: Call) -> Arguments:
         """The loop's arguments for one or several passes."""
@@ -213,6 +252,11 @@ class GuidedCalls:
         if given is None:
             return self.pipe._loaded_branch().references(None)
         return self.pipe._reference_branch().references(given.given, given.mask)
+
+
+def _unconditional(guided: Tensor, conditional: Tensor, scale: float) -> Tensor:
+    """The u of which u + s · (c − u) is the guided prediction."""
+    return (guided - scale * conditional) / (1 - scale)
 
 
 def _with_prediction(output: Any, prediction: Tensor) -> Any:

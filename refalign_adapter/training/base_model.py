@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..families._base_model import read_base_model
+from ..families._base_model import BaseModel, read_base_model
 from ..families._pipeline_folder import open_pipeline, reading
 from ..families.base import Family
+from ..flow import Shift
 from ..media.canvas import fixed_size_problems
 from ..recipes.schema import Recipe
 from .quantization import check_machine, quantization_config
@@ -17,7 +18,7 @@ from .quantization import check_machine, quantization_config
 FIELD = "pretrained_model_name_or_path"
 
 
-def read_base(recipe: Recipe) -> tuple[Family, float]:
+def read_base(recipe: Recipe) -> tuple[Family, Shift]:
     """The base's family and the timestep shift to train with, from its configs alone.
 
     The shift is the recipe's, or else that of the base's scheduler.
@@ -32,7 +33,17 @@ def read_base(recipe: Recipe) -> tuple[Family, float]:
     if recipe.adapter.reference_size and (multiples := base.size_multiples()) is not None:
         for problem in fixed_size_problems(recipe.adapter.reference_size, multiples[1:]):
             raise UserError(f"adapter.{problem}")
-    return base.family, base.flow_shift() if recipe.flow.shift is None else recipe.flow.shift
+    return base.family, shift_of(recipe, base)
+
+
+def shift_of(recipe: Recipe, base: BaseModel) -> Shift:
+    """The recipe's timestep shift, whatever the video, or else that of the base's scheduler.
+
+    Raises:
+        UserError: neither of them.
+    """
+    given = recipe.flow.shift
+    return base.flow_shift() if given is None else lambda tokens: given
 
 
 def load_transformer(recipe: Recipe, family: Family, dtype: torch.dtype) -> Any:

@@ -24,6 +24,7 @@ from ..branch.attach import attach
 from ..branch.reference_branch import ReferenceBranch
 from ..errors import ConfigError, UserError
 from ..families.base import Family
+from ..flow import Shift
 from ..recipes.optimizers import build_optimizer, build_scheduler
 from ..recipes.schema import Recipe
 from .bad_steps import BadSteps
@@ -174,7 +175,7 @@ def _start_from(
             say(accelerator, f"init_adapter: no projectors{of_it} lie beside {source!r}, new ones are trained")
 
 
-def step_options(recipe: Recipe, shift: float) -> StepOptions:
+def step_options(recipe: Recipe, shift: Shift) -> StepOptions:
     """The training step's options that a recipe asks for."""
     dropout = recipe.dropout_shares()
     return StepOptions(

@@ -5,6 +5,7 @@ Shape letters: B batch, C latent channels, F latent frames, H and W latent heigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from ..alignment.objective import Context, Features, Objective, problems_of, zer
 from ..batch import Batch, StepOutput, moved_text
 from ..branch.reference_branch import ReferenceBranch
 from ..errors import ConfigError
-from ..flow import TimestepSampling, flow_loss, interpolate, sample_sigmas, velocity_target
+from ..flow import Shift, TimestepSampling, flow_loss, interpolate, sample_sigmas, unshifted, velocity_target
 from .taps import video_tokens
 
 
@@ -25,14 +26,15 @@ class StepOptions:
     """What a step draws.
 
     Attributes:
-        timestep_sampling, logit_mean, logit_std, shift: how sigmas are drawn, see `flow.sample_sigmas`.
+        timestep_sampling, logit_mean, logit_std: how sigmas are drawn, see `flow.sample_sigmas`.
+        shift: by which they are shifted.
         text_dropout, reference_dropout, both_dropout: shares of samples that lose text, references or both.
     """
 
     timestep_sampling: TimestepSampling = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
-    shift: float = 1.0
+    shift: Shift = unshifted
     text_dropout: float = 0.1
     reference_dropout: float = 0.1
     both_dropout: float = 0.1
@@ -111,7 +113,7 @@ class TrainingStep(nn.Module):
             noise = torch.randn(batch.latents.shape, generator=generator)
         noise = noise.to(batch.latents.device)
         if sigmas is None:
-            sigmas = self._draw_sigmas(len(batch.keys), generator)
+            sigmas = self._draw_sigmas(batch.latents, generator)
         sigmas = sigmas.to(noise.device)
         latents = batch.latents.float()
 
@@ -145,11 +147,14 @@ class TrainingStep(nn.Module):
 
     def _video_tokens(self, objectives: Sequence[Objective], latents: Tensor) -> Any:
         """See `video_tokens`; of all blocks that the objectives tap."""
+        blocks = {block for objective in objectives for block in objective.taps.video}
+        return video_tokens(self.transformer, self.branch.family, blocks, self._grid(latents))
+
+    def _grid(self, latents: Tensor) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens of videos (B, C, F, H, W)."""
         frames, rows, columns = self.branch.family.patch_size(self.transformer)
         _, _, length, height, width = latents.shape
-        blocks = {block for objective in objectives for block in objective.taps.video}
-        grid = (length // frames, height // rows, width // columns)
-        return video_tokens(self.transformer, self.branch.family, blocks, grid)
+        return length // frames, height // rows, width // columns
 
     def _reference_grid(self, batch: Batch) -> tuple[int, int]:
         _, rows, columns = self.branch.family.patch_size(self.transformer)
@@ -187,12 +192,16 @@ class TrainingStep(nn.Module):
         references = torch.where(dropped.to(zeros.device)[:, None, None, None, None], zeros, batch.references)
         return Shown(text, references, batch.mask, kept)
 
-    def _draw_sigmas(self, batch: int, generator: torch.Generator) -> Tensor:
+    def shift(self, latents: Tensor) -> float:
+        """The timestep shift of videos (B, C, F, H, W)."""
+        return self.options.shift(math.prod(self._grid(latents)))
+
+    def _draw_sigmas(self, latents: Tensor, generator: torch.Generator) -> Tensor:
         options = self.options
         return sample_sigmas(
-            batch,
+            len(latents),
             sampling=options.timestep_sampling,
-            shift=options.shift,
+            shift=self.shift(latents),
             logit_mean=options.logit_mean,
             logit_std=options.logit_std,
             generator=generator,

@@ -82,7 +82,7 @@ def validate(
                         generator=torch.Generator(),  # nothing is drawn from it
                         weights=weights,
                         drop_conditions=False,
-                        sigmas=fixed_sigmas(shown, module.options.shift),
+                        sigmas=fixed_sigmas(shown, module.shift(batch.latents)),
                         noise=torch.stack([fixed_noise(key, batch.latents.shape[1:]) for key in batch.keys]),
                     )
                     meter.add(output, len(shown))

@@ -107,6 +107,11 @@ def test_a_sample_of_a_batch_gets_what_it_gets_alone_and_without_references_noth
 )
 def test_a_timestep_in_any_of_its_forms(timestep):
     for clean, of_references in ((True, 0), (False, 700)):
-        got = WanFamily().reference_timestep(timestep, 2, 4, 3, clean=clean)
-        assert got.tolist() == [[700] * 4 + [of_references] * 3] * 2
+        arguments = {"timestep": timestep}
+        WanFamily().append_timesteps(arguments, 2, 4, 3, clean=clean)
+        got = arguments["timestep"]
         assert got.dtype == timestep.dtype
+        if clean or timestep.ndim == 2:
+            assert got.tolist() == [[700] * 4 + [of_references] * 3] * 2
+        else:
+            assert got is timestep

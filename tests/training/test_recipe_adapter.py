@@ -6,6 +6,7 @@ import pytest
 from recipe_problems import problems
 
 from refalign_adapter.config import RefAlignConfig
+from refalign_adapter.flow import unshifted
 from refalign_adapter.recipes.cache_options import options_of
 from refalign_adapter.recipes.file import load_recipe
 from refalign_adapter.training.setup import step_options
@@ -47,7 +48,7 @@ REFERENCE_SCOPE = ("adapter.attention=isolated", "adapter.lora_scope=reference")
 def test_conditions_dropped_by_default_depend_on_the_scope(recipe_file, overrides, shares):
     recipe = load_recipe(recipe_file(), overrides)
     assert astuple(recipe.dropout_shares()) == shares
-    options = step_options(recipe, 1.0)
+    options = step_options(recipe, unshifted)
     assert (options.text_dropout, options.reference_dropout, options.both_dropout) == shares
 
 

@@ -3,6 +3,7 @@
 import pytest
 from family_case import MODES
 from family_cases import CASES
+from tiny_data import write_data
 
 import refalign_adapter as ra
 from refalign_adapter.commands.app import main as command
@@ -14,7 +15,7 @@ from refalign_adapter.recipes.cache_options import options_of
 from refalign_adapter.recipes.file import load_recipe
 from refalign_adapter.train import main as train
 
-SIDE, FRAMES = 64, 5
+SIDE, FRAMES = 64, 9
 
 
 def run(capsys, *arguments):
@@ -23,18 +24,26 @@ def run(capsys, *arguments):
     assert not stop.value.code, capsys.readouterr()
 
 
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Of as many frames as any family takes for two latent ones; returns their manifest."""
+    return write_data(tmp_path_factory.mktemp("clips"), count=6, frames=FRAMES, height=SIDE, width=SIDE)
+
+
 @pytest.mark.parametrize("mode", MODES, ids="/".join)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_from_data_to_a_video(tiny_world, tmp_path, capsys, case, mode):
+def test_from_data_to_a_video(tiny_world, clips, tmp_path, capsys, case, mode):
     case.pipeline().save_pretrained(tmp_path / "base")
     family, module = case.family, type(case.family).__module__
     attention, scope = mode
-    picture = tiny_world / "clips" / "0_0.png"
+    picture = clips.parent / "references" / "0_0.png"
     changes = [
         f"pretrained_model_name_or_path={tmp_path / 'base'}",
         f"family={module}:FAMILY",
         f"output_dir={tmp_path / 'out'}",
         f"data.cache_dir={tmp_path / 'cache'}",
+        f"data.train_data={clips}",
+        f"data.num_frames={FRAMES}",
         f"data.height={SIDE}",
         f"data.width={SIDE}",
         f"adapter.attention={attention}",
@@ -46,7 +55,7 @@ def test_from_data_to_a_video(tiny_world, tmp_path, capsys, case, mode):
         "validation_steps=2",
         "sample_steps=2",
         f"sample_prompts=[{{prompt: a cat, references: [{picture}]}}]",
-        "sample.num_inference_steps=1",
+        "sample.num_inference_steps=2",
     ]
     config = tiny_world / "recipe.yaml"
     cache_dataset(options_of(load_recipe(config, changes)), device="cpu")
@@ -63,7 +72,7 @@ def test_from_data_to_a_video(tiny_world, tmp_path, capsys, case, mode):
     if scope == "all":
         assert not hasattr(ra.merge_and_unload(pipe).transformer, "peft_config")
     if family.key in PLUGINS.known():
-        size = ["--height", SIDE, "--width", SIDE, "--num-frames", FRAMES, "--num-inference-steps", 1]
+        size = ["--height", SIDE, "--width", SIDE, "--num-frames", FRAMES, "--num-inference-steps", 2]
         given = ["--base", tmp_path / "base", "--adapter", adapter, "--prompt", "a cat", "--reference", picture]
         run(capsys, "generate", *given, "--output", tmp_path / "cat.mp4", *size)
         facts = probe_video(tmp_path / "cat.mp4")

@@ -138,7 +138,7 @@ class Encoders:
         return height // rows, width // columns
 
     def check_sizes(self, options: CacheOptions) -> None:
-        """Refuse sizes that the base cannot cut into tokens.
+        """Refuse sizes that the base cannot cut into tokens, and frames a second that it would take for others.
 
         Raises:
             ConfigError: lists every such size, each with the nearest that fits.
@@ -148,6 +148,10 @@ class Encoders:
         if options.buckets:
             problems = [f"data.buckets {problem}" for problem in problems]
         problems += fixed_size_problems(options.reference_size, multiples[1:])
+        rate = self.family.frame_rate
+        if rate is not None and options.fps not in (None, rate):
+            got = f"got {options.fps:g}"
+            problems.append(f"data.fps must be {rate:g}, of which {self.family.key!r} makes positions, or null; {got}")
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
 

@@ -410,15 +410,15 @@ class ToyFamily(Family):
     def append_references(
         self, transformer: Any, arguments: dict[str, Any], references: Tensor, *, clean: bool
     ) -> tuple[int, int]:
-        if clean:
-            self.reference_timestep(None, 0, 0, 0, clean=True)  # refuses
         video = arguments["hidden_states"]
         check_fit(video.movedim(-1, 1), references)
-        _, frames, rows, columns = self.call_shape(transformer, arguments)
+        batch, frames, rows, columns = self.call_shape(transformer, arguments)
+        of_video, of_one = frames * rows * columns, rows * columns
+        self.append_timesteps(arguments, batch, of_video, references.shape[2] * of_one, clean=clean)
         every = torch.arange(frames + references.shape[2], device=video.device)
         arguments["hidden_states"] = torch.cat([video, references.movedim(1, -1).to(video)], 1)
         arguments["image_rotary_emb"] = self._tables(transformer, every, references.shape[-2:])
-        return frames * rows * columns, rows * columns
+        return of_video, of_one
 
     def cut_references(self, output: Any, count: int, tokens: int) -> Any:
         if isinstance(output, tuple):
@@ -467,7 +467,7 @@ class ToyFamily(Family):
         batch, channels, *grid = super().latents_shape(pipe, transformer, videos, size)
         return batch, *grid, channels
 
-    def flow_shift(self, scheduler: Any) -> float:
+    def flow_shift(self, scheduler: Any, tokens: int) -> float:
         return float(scheduler.config.shift)
 
 
