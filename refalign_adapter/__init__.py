@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .branch.reference_cache import ReferenceCache
     from .config import RefAlignConfig
     from .errors import ConfigError, UserError
+    from .media.image_files import read_images
     from .media.video_file import write_video
     from .pipelines.load import load_adapter
     from .pipelines.merge import merge_and_unload
@@ -24,6 +25,7 @@ _SOURCES = {
     "attach": ".branch.attach",
     "load_adapter": ".pipelines.load",
     "merge_and_unload": ".pipelines.merge",
+    "read_images": ".media.image_files",
     "reference_alignment_loss": ".alignment.reference.loss",
     "write_video": ".media.video_file",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "attach",
     "load_adapter",
     "merge_and_unload",
+    "read_images",
     "reference_alignment_loss",
     "write_video",
 ]

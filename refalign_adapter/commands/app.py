@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from ..errors import UserError
 from ..signals import ended_by_signals, stopping_means, tell
@@ -15,17 +16,28 @@ from .arguments import Overrides
 from .estimate import estimate
 from .generate import generate
 
+ORDER = ("doctor", "demo", "data", "cache", "estimate", "train", "generate", "recipes")
+"""Commands as an adapter's life goes; `--help` tells them so."""
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: object) -> list[str]:
+        """The commands' names as `ORDER` has them; typer alone would put groups last."""
+        return sorted(self.commands, key=ORDER.index)
+
+
 app = typer.Typer(
     name="refalign",
+    cls=_InOrder,
     help="Reference images for frozen video diffusion transformers, by a small adapter.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(help="Training recipes that come with the package.", no_args_is_help=True)
+recipes_app = typer.Typer(help="Training recipes that come with the package: list and copy.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
-data_app = typer.Typer(help="Look after training data.", no_args_is_help=True)
+data_app = typer.Typer(help="Look after training data: check.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
@@ -138,6 +150,36 @@ def cache(
             look_after(config, overrides or [], verify=verify, prune=prune)
         else:
             run(config, overrides or [], rehash=rehash)
+
+
+def _show_fields(show: bool) -> None:
+    if show:
+        from ..recipes.help import describe_fields
+
+        print("Fields of a recipe:\n" + "\n".join(describe_fields()))
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="The recipe (YAML).")],
+    overrides: Overrides = None,
+    fields: Annotated[
+        bool,
+        typer.Option("--help-fields", callback=_show_fields, is_eager=True, help="Explain every field of a recipe."),
+    ] = False,
+) -> None:
+    """Train an adapter on this machine: on one GPU, in bf16 unless the recipe says otherwise, or else on the CPU.
+
+    The cache comes first: `refalign cache` with the same recipe. On several GPUs:
+
+    accelerate launch --multi_gpu --num_processes N --mixed_precision bf16 -m refalign_adapter.train --config FILE …
+    """
+    from .train import STOPPING, run
+
+    with stopping_means(STOPPING):
+        code = run(config, overrides or [], alone=True)
+    raise typer.Exit(code)
 
 
 app.command()(generate)

@@ -1,15 +1,27 @@
-"""Train an adapter: `accelerate launch -m refalign_adapter.train --config FILE [key=value …]`."""
+"""Train an adapter: `refalign train` on one device, `accelerate launch -m refalign_adapter.train` on any number."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..signals import ended_by_signals, stopping_means, tell
+
+if TYPE_CHECKING:
+    from ..recipes.schema import Recipe
+
+LAUNCHED = "ACCELERATE_MIXED_PRECISION"
+"""What accelerate's launcher always sets, and what the training takes its precision from when the recipe is silent."""
+
+STOPPING = "the last checkpoint, if there is one, is whole"
+"""What a signal means before training has begun, or after it."""
 
 
 class _RecipeHelp(argparse.Action):
@@ -47,20 +59,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: 128 + n after signal n before training began or after it.
     """
-    with ended_by_signals(), stopping_means("the last checkpoint, if there is one, is whole"):
+    with ended_by_signals(), stopping_means(STOPPING):
         return _main(argv)
 
 
 def _main(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
+    return run(arguments.config, arguments.overrides)
+
+
+def run(config: str | Path, overrides: Sequence[str] = (), *, alone: bool = False) -> int:
+    """Train as a recipe says; mistakes are told as lines.
+
+    Args:
+        config: the recipe, a YAML file.
+        overrides: `key=value` with dotted keys; they win over the file.
+        alone: no launcher has chosen device and precision: it is the first GPU in bf16 if there is one, else the CPU.
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake, 128 + n after signal n.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of CPU kernels that training does not use
     process = int(os.environ.get("RANK", 0))
     try:
         from ..recipes.file import load_recipe
 
-        recipe = load_recipe(arguments.config, arguments.overrides, check_machine=True)
+        recipe = load_recipe(config, overrides, check_machine=True)
     except UserError as error:
         return _tell(error) if process == 0 else 2  # the same on every process
+    if alone and LAUNCHED not in os.environ:
+        _choose_device(recipe, config, overrides)
     from ..training.interrupt import FailedElsewhere, Interrupted
     from ..training.loop import train
 
@@ -75,6 +103,25 @@ def _main(argv: Sequence[str] | None) -> int:
             tell(str(stop))
         return stop.exit_code
     return 0
+
+
+def _choose_device(recipe: Recipe, config: str | Path, overrides: Sequence[str]) -> None:
+    """What a launcher would set, for one device; several GPUs are told how to be used."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    if recipe.mixed_precision is None and torch.cuda.is_bf16_supported():
+        os.environ[LAUNCHED] = "bf16"
+    if (count := torch.cuda.device_count()) > 1:
+        tell(f"training on 1 of {count} GPUs; on all: {launch_line(recipe, config, overrides, count)}")
+
+
+def launch_line(recipe: Recipe, config: str | Path, overrides: Sequence[str], processes: int) -> str:
+    """The command that trains the same on several GPUs of this machine."""
+    precision = recipe.mixed_precision or os.environ.get(LAUNCHED, "no")
+    launcher = f"accelerate launch --multi_gpu --num_processes {processes} --mixed_precision {precision}"
+    return f"{launcher} -m refalign_adapter.train {shlex.join(['--config', str(config), *overrides])}"
 
 
 def _tell(error: UserError, prefix: str = "") -> int:
