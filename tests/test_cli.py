@@ -11,8 +11,12 @@ from tiny_data import write_data, write_reference
 from tiny_models import save_tiny_pipeline, tiny_dinov2, tiny_transformer
 
 import refalign_adapter as ra
-from refalign_adapter.commands.app import main
+from refalign_adapter.commands import train as train_command
+from refalign_adapter.commands.app import app, main
+from refalign_adapter.recipes.file import field_paths
 from refalign_adapter.signals import Stopped
+from refalign_adapter.training import loop
+from refalign_adapter.training.interrupt import Interrupted
 
 SMALL = ["--height", "32", "--width", "32", "--num-frames", "5", "--num-inference-steps", "1"]
 
@@ -37,6 +41,7 @@ def run(world, capsys, monkeypatch):
     monkeypatch.chdir(world)
 
     def call(*arguments):
+        capsys.readouterr()  # what fixtures printed
         with pytest.raises(SystemExit) as stop:
             main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
@@ -255,8 +260,84 @@ def test_doctor_names_what_is_there(run):
     assert "Wan 2.1 T2V 14B" in out
 
 
+def test_commands_are_listed_as_an_adapters_life_goes(run):
+    lines = run("--help")[1].split("Commands")[1].splitlines()
+    order = ["doctor", "demo", "data", "cache", "estimate", "train", "generate", "recipes"]
+    assert [words[1] for line in lines if len(words := line.split()) > 1 and line[2] != " "] == order
+    assert len(app.registered_commands) + len(app.registered_groups) == len(order)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Recipes that training was called with, in place of training."""
+    recipes = []
+    monkeypatch.setattr(loop, "train", recipes.append)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    return recipes
+
+
+def test_train_trains_the_recipe_with_its_changes(run, recipe, trained):
+    status, out, errors = run("train", "--config", recipe, "optimizer=adamw", "report_to=null", "seed=7")
+    assert (status, out, errors) == (0, "", "")
+    assert [found.seed for found in trained] == [7]
+
+
+@pytest.mark.parametrize(("given", "precision"), [("null", "bf16"), ("bf16", "bf16"), ("no", "no")])
+def test_train_on_gpus_takes_one_in_bf16_and_tells_how_all_are_used(run, recipe, trained, monkeypatch, given, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(train_command.os, "environ", dict(train_command.os.environ))
+    changes = ["optimizer=adamw", "report_to=null", f"mixed_precision={given}", "output_dir=a b"]
+    _, _, errors = run("train", "--config", recipe, *changes)
+    assert errors.splitlines() == [
+        "training on 1 of 4 GPUs; on all: accelerate launch --multi_gpu --num_processes 4 --mixed_precision "
+        f"{precision} -m refalign_adapter.train --config {recipe} optimizer=adamw report_to=null "
+        f"mixed_precision={given} 'output_dir=a b'"
+    ]
+    assert train_command.os.environ.get("ACCELERATE_MIXED_PRECISION") == ("bf16" if given == "null" else None)
+    run("train", "--config", recipe, *changes[:2])
+    monkeypatch.setitem(train_command.os.environ, "ACCELERATE_MIXED_PRECISION", "no")
+    assert run("train", "--config", recipe, *changes[:2])[2] == "", "a launcher has chosen already"
+    assert len(trained) == 3
+
+
+def test_train_tells_mistakes_and_signals_as_the_training_module_does(run, fails, recipe, monkeypatch):
+    lines = fails("train", "--config", recipe, "learning_rat=1", "adapter.r=-1")
+    assert len(lines) == 2
+    assert "did you mean learning_rate?" in lines[0]
+
+    def stop(_):
+        raise Interrupted(15, "stopped at step 3, checkpoint written")
+
+    monkeypatch.setattr(loop, "train", stop)
+    status, out, errors = run("train", "--config", recipe, "optimizer=adamw", "report_to=null")
+    assert (status, out, errors) == (143, "", "stopped at step 3, checkpoint written\n")
+
+
+def test_train_explains_every_field_without_a_recipe(run):
+    status, out, _ = run("train", "--help-fields")
+    assert status == 0
+    assert [path for path in field_paths() if f"{path}: " not in out] == []
+    text = " ".join(run("train", "--help")[1].split())
+    assert "accelerate launch" in text
+    assert "-m refalign_adapter.train" in text
+
+
+def test_a_folder_without_a_table_says_how_to_write_one(fails, recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    clips = tmp_path / "data" / "clips"
+    for path, words in {
+        clips: "has 3 clips and 0 captions but names no references; add a metadata.jsonl with a line such as ",
+        clips / "1.mp4": "is a clip; name the folder with the clips and their metadata.jsonl",
+        tmp_path / "empty": "has no metadata.jsonl; write one with a line such as ",
+    }.items():
+        (line,) = fails("data", "check", "--config", recipe, f"data.train_data={path}")
+        assert line.startswith(f"error: data.train_data: {str(path)!r} {words}")
+
+
 def test_every_command_has_help(run):
-    for command in ("doctor", "cache", "generate", "demo", "recipes", "estimate", "data", "data check"):
+    for command in ("doctor", "cache", "generate", "demo", "recipes", "estimate", "train", "data", "data check"):
         status, out, _ = run(*command.split(), "--help")
         assert status == 0
         assert "--help" in out
@@ -268,6 +349,11 @@ def test_every_command_has_help(run):
         ("cache", "refalign_adapter.commands.cache.run", "interrupted; run the same command again to go on"),
         ("data check", "refalign_adapter.commands.data_check.run", "interrupted; no report was written"),
         ("estimate", "refalign_adapter.recipes.file.load_recipe", "interrupted; nothing was written"),
+        (
+            "train",
+            "refalign_adapter.recipes.file.load_recipe",
+            "interrupted; the last checkpoint, if there is one, is whole",
+        ),
     ],
 )
 def test_ctrl_c_says_in_one_line_what_it_means(run, monkeypatch, command, called, line):

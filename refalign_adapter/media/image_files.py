@@ -30,7 +30,7 @@ def read_images(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
         UserError: nothing is there, a folder has no picture, or a file is none; the line names it.
     """
     if isinstance(source, str | os.PathLike):
-        folder = Path(source)
+        folder = Path(source).expanduser()
         if not folder.is_dir():
             return [read_image(folder, "images")]
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
@@ -39,4 +39,4 @@ def read_images(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
         return [read_image(path, f"images[{index}]") for index, path in enumerate(paths)]
     if not isinstance(source, Sequence) or not all(isinstance(path, str | os.PathLike) for path in source):
         raise UserError(f"images: expected a folder, a file or a list of files, got {type(source).__name__}")
-    return [read_image(path, f"images[{index}]") for index, path in enumerate(map(Path, source))]
+    return [read_image(Path(path).expanduser(), f"images[{index}]") for index, path in enumerate(source)]

@@ -41,6 +41,8 @@ class FolderReader(Reader):
 
     def tables(self, source: Source) -> list[Path]:
         path = local_path(source.path, TABLES, revision=source.revision)
+        if path.suffix.lower() in CLIPS:
+            raise UserError(f"{str(path)!r} is a clip; name the folder with the clips and their {TABLES[0]}")
         if not path.is_dir():
             return [path]
         if found := next((path / name for name in TABLES if (path / name).is_file()), None):
@@ -51,7 +53,7 @@ class FolderReader(Reader):
                 f"{str(path)!r} has {len(clips)} clips and {captions} captions but names no references; "
                 f"add a {TABLES[0]} with a line such as {EXAMPLE} for each clip"
             )
-        return [path / TABLES[0]]
+        raise UserError(f"{str(path)!r} has no {TABLES[0]}; write one with a line such as {EXAMPLE} for each clip")
 
     def read(self, source: Source, *, max_references: int | None = None) -> Reading:
         (table,) = self.tables(source)
