@@ -283,7 +283,7 @@ def test_train_trains_the_recipe_with_its_changes(run, recipe, trained):
 
 
 @pytest.mark.parametrize(("given", "precision"), [("null", "bf16"), ("bf16", "bf16"), ("no", "no")])
-def test_train_on_gpus_takes_one_in_bf16_and_tells_how_all_are_used(run, recipe, trained, monkeypatch, given, precision):
+def test_train_takes_one_gpu_in_bf16_and_tells_how_all_are_used(run, recipe, trained, monkeypatch, given, precision):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

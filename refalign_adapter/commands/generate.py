@@ -46,6 +46,7 @@ def generate(
     variant: Annotated[str | None, typer.Option(help="Of the base's weight files, such as fp16.")] = None,
     revision: Annotated[str | None, typer.Option(help="The base's revision on the Hub.")] = None,
     adapter_revision: Annotated[str | None, typer.Option(help="The adapter's revision on the Hub.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Tell mistakes alone: no bar, no lines.")] = False,
 ) -> None:
     """Generate one video from --prompt and --reference, or one for every row of --prompts.
 
@@ -64,7 +65,9 @@ def generate(
         **{name: values[name] for name in GenerateOptions.__dataclass_fields__ if name in values}
     )
     if prompts is None:
-        print(generate_one(options, prompt or "", reference or [], output))
+        written = generate_one(options, prompt or "", reference or [], output, show_bar=not quiet)
+        if not quiet:
+            print(written)
         return
     with stopping_means("finished videos are whole; run the same command again to go on"):
-        generate_many(options, prompts, output, report=print)
+        generate_many(options, prompts, output, report=(lambda _: None) if quiet else print, show_bar=not quiet)

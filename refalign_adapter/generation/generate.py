@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from tqdm import tqdm
 
 from ..config import CONFIG_NAME
 from ..data.cache.options import model_id
@@ -32,7 +34,14 @@ OPTIONS_NAME = ".refalign_generate.json"
 logger = logging.getLogger(__name__)
 
 
-def generate_one(options: GenerateOptions, prompt: str, references: Sequence[str | Path], output: str | Path) -> Path:
+def generate_one(
+    options: GenerateOptions,
+    prompt: str,
+    references: Sequence[str | Path],
+    output: str | Path,
+    *,
+    show_bar: bool = True,
+) -> Path:
     """Generate one video; an existing file is replaced.
 
     Args:
@@ -40,6 +49,7 @@ def generate_one(options: GenerateOptions, prompt: str, references: Sequence[str
         prompt: the text.
         references: image files.
         output: an mp4 file.
+        show_bar: whether steps are counted on standard error, where that is a terminal.
 
     Raises:
         UserError: bad input, told before any model is loaded wherever that can be known.
@@ -58,7 +68,8 @@ def generate_one(options: GenerateOptions, prompt: str, references: Sequence[str
     remove_leftovers(output.parent)
     pipe = load_pipeline(options)
     images = tuple(image_path(Path(), str(name)) for name in references)
-    _generate(pipe, options, Prompt(output.stem, prompt, images), options.seed, output)
+    with _steps_bar(options, 1, show_bar) as bar:
+        _generate(pipe, options, Prompt(output.stem, prompt, images), options.seed, output, bar)
     return output
 
 
@@ -67,6 +78,8 @@ def generate_many(
     prompts: str | Path,
     output: str | Path,
     report: Callable[[str], None] = logger.info,
+    *,
+    show_bar: bool = True,
 ) -> list[Path]:
     """Generate one `<key>.mp4` for every row of a prompt file.
 
@@ -79,6 +92,7 @@ def generate_many(
         prompts: see `read_prompts`.
         output: a folder; it may hold videos of the same options.
         report: told of every video, in one line.
+        show_bar: whether the steps of all videos are counted on standard error, where that is a terminal.
 
     Returns:
         The files that this process wrote.
@@ -103,11 +117,13 @@ def generate_many(
         return []
     pipe = load_pipeline(options, device)
     written = []
-    for number, row in enumerate(mine, 1):
-        path = folder / f"{row.key}.mp4"
-        _generate(pipe, options, row, seed_of(options.seed, row.key), path)
-        written.append(path)
-        report(f"{number}/{len(mine)} {path}")
+    with _steps_bar(options, len(mine), show_bar) as bar:
+        for number, row in enumerate(mine, 1):
+            path = folder / f"{row.key}.mp4"
+            _generate(pipe, options, row, seed_of(options.seed, row.key), path, bar)
+            written.append(path)
+            with bar.external_write_mode():
+                report(f"{number}/{len(mine)} {path}")
     return written
 
 
@@ -117,9 +133,21 @@ def seed_of(seed: int, key: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _generate(pipe: Any, options: GenerateOptions, row: Prompt, seed: int, path: Path) -> None:
-    hidden = None if PartialState().is_main_process else True  # None: hidden where there is no terminal
-    pipe.set_progress_bar_config(desc=row.key, unit="step", disable=hidden, dynamic_ncols=True)
+@contextmanager
+def _steps_bar(options: GenerateOptions, videos: int, show: bool) -> Iterator[tqdm]:
+    """One bar for the denoising steps of so many videos, drawn by the main process alone."""
+    hidden = None if show and PartialState().is_main_process else True  # None: hidden where there is no terminal
+    with tqdm(total=videos * options.num_inference_steps, unit="step", disable=hidden, dynamic_ncols=True) as bar:
+        yield bar
+
+
+def _generate(pipe: Any, options: GenerateOptions, row: Prompt, seed: int, path: Path, bar: tqdm) -> None:
+    def count_step(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        bar.update()
+        return tensors
+
+    pipe.set_progress_bar_config(disable=True)
+    bar.set_description(row.key)
     frames = pipe(
         row.prompt,
         reference_images=list(row.references),
@@ -133,6 +161,7 @@ def _generate(pipe: Any, options: GenerateOptions, row: Prompt, seed: int, path:
         guidance_interval=options.guidance_interval,
         guidance_refresh=options.guidance_refresh,
         batch_guidance=options.batch_guidance,
+        callback_on_step_end=count_step,
         generator=torch.Generator().manual_seed(seed),  # of the CPU: the same noise on every device
     ).frames[0]
     if not np.isfinite(frames).all():

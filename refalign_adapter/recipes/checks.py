@@ -181,4 +181,5 @@ def _tracker_problems(recipe: Recipe) -> Iterator[Problem]:
         if name not in LOGGER_TYPE_TO_CLASS:
             yield ("report_to",), f"report_to must be among {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}, got {name!r}"
         elif name not in map(str, get_available_trackers()):
-            yield ("report_to",), f"report_to: {name} is not installed; pip install {name}, or set report_to=null"
+            package = "'refalign-adapter[train]'" if name == "tensorboard" else name
+            yield ("report_to",), f"report_to: {name} is not installed; pip install {package}, or set report_to=null"

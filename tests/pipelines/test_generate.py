@@ -87,15 +87,18 @@ def test_one_video(given, made, tmp_path):
     assert [item.name for item in output.parent.iterdir()] == ["out.mp4"]
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_bar_for_each_video_on_a_terminal_alone(given, prompts, tmp_path, monkeypatch, terminal):
+@pytest.mark.parametrize(("terminal", "shown"), [(False, True), (True, False), (True, True)])
+def test_one_bar_for_a_batch_of_videos_on_a_terminal_alone(given, prompts, tmp_path, monkeypatch, terminal, shown):
     told = io.StringIO()
     told.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", told)
-    generate_many(given, prompts, tmp_path / "out")
-    bars = re.findall(r"(video_\d): 100%", told.getvalue())
-    assert list(dict.fromkeys(bars)) == (["video_0", "video_1", "video_2"] if terminal else [])
-    assert terminal or told.getvalue() == ""
+    generate_many(change(given, num_inference_steps=2), prompts, tmp_path / "out", show_bar=shown)
+    if not (terminal and shown):
+        assert told.getvalue() == ""
+        return
+    assert set(re.findall(r"(\d+)/(\d+) \[", told.getvalue())) <= {(str(step), "6") for step in range(7)}
+    assert re.search(r"video_2: 100%.* 6/6 \[", told.getvalue())
+    assert told.getvalue().count("\n") == 1
 
 
 def test_many_resumed_and_alone_are_the_same(given, prompts, made, tmp_path):
