@@ -97,10 +97,10 @@ def test_loads_and_generates(tmp_path):
             "train",
             ["data.train_data=null"],
             [
-                "error: optimizer: 'adamw8bit' is none of torch's, and bitsandbytes is not installed; pip install "
-                "'refalign-adapter[train]', or use adamw",
-                "error: report_to: tensorboard is not installed; pip install 'refalign-adapter[train]', or set "
-                "report_to=null",
+                "error: recipe.yaml: optimizer: 'adamw8bit' is none of torch's, and bitsandbytes is not installed; "
+                "pip install 'refalign-adapter[train]', or use adamw",
+                "error: recipe.yaml: report_to: tensorboard is not installed; pip install 'refalign-adapter[train]', "
+                "or set report_to=null",
             ],
         ),
         (
