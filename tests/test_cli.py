@@ -83,6 +83,11 @@ def test_generate_writes_a_video_with_two_references(run, world, tmp_path):
         assert len(list(video.decode(video=0))) == 5
 
 
+def test_quiet_generation_prints_nothing(run, tmp_path):
+    assert run(*generation(output=tmp_path / "out.mp4", more=("--quiet",))) == (0, "", "")
+    assert (tmp_path / "out.mp4").is_file()
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "folder"])
 def test_a_reference_that_is_no_image(fails, world, tmp_path, kind):
     path = tmp_path / "bad.png"
