@@ -1,5 +1,7 @@
 """What training on LTX-Video draws by the size of the video, and the rate of frames that it takes."""
 
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -51,3 +53,14 @@ def test_clips_of_another_rate_are_refused(world):
         cache_dataset(options, device="cpu")
     assert [problem.split(" must")[0] for problem in caught.value.problems] == ["height", "data.fps"]
     assert "data.fps must be 25, of which 'ltx' makes positions, or null; got 16" in caught.value.problems
+
+
+def test_a_base_for_another_way_to_count_frames_is_refused(world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "base")
+    index = tmp_path / "base" / "model_index.json"
+    index.write_text(index.read_text().replace("LTXPipeline", "LTXConditionPipeline"))
+    recipe = load_recipe(world / "recipe.yaml", [f"pretrained_model_name_or_path={tmp_path / 'base'}"])
+    with pytest.raises(
+        ra.UserError, match="^base: this LTX-Video is for LTXConditionPipeline, "
+    ):
+        read_base(recipe)
