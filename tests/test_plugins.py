@@ -81,10 +81,10 @@ def test_a_family_is_found_by_class_and_by_key(installed):
 def test_without_it_the_model_is_unknown(installed):
     installed()
     assert line_of(ra.attach, tiny_toy_pipeline().transformer) == (
-        "base: ToyTransformer3DModel is no known DiT; supported are WanTransformer3DModel"
+        "base: ToyTransformer3DModel is no known DiT; supported are LTXVideoTransformer3DModel, WanTransformer3DModel"
     )
     assert line_of(families.load_family, None, "toy") == (
-        "family must be one of ['wan'] or package.module:attribute, got 'toy'"
+        "family must be one of ['ltx', 'wan'] or package.module:attribute, got 'toy'"
     )
 
 
