@@ -75,7 +75,8 @@ def test_every_mistake_is_told_at_once_with_its_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [(None, "cannot read .*metadata.jsonl"), ("\n", "has no rows"), (b"\xff", "not UTF-8")]
+    ("content", "problem"),
+    [(None, "has no metadata.jsonl; write one with"), ("\n", "has no rows"), (b"\xff", "not UTF-8")],
 )
 def test_a_manifest_without_rows_is_one_line(tmp_path, content, problem):
     if content is not None:

@@ -153,7 +153,7 @@ def test_the_way_guidance_is_run(given, made, tmp_path):
 
 def test_the_command_line_hands_guidance_on(monkeypatch):
     seen = []
-    monkeypatch.setattr(generate, "generate_one", lambda options, *_: seen.append(options))
+    monkeypatch.setattr(generate, "generate_one", lambda options, *_, show_bar: seen.append(options))
     command = [
         "generate",
         "--base",

@@ -60,7 +60,5 @@ def test_a_base_for_another_way_to_count_frames_is_refused(world, tmp_path):
     index = tmp_path / "base" / "model_index.json"
     index.write_text(index.read_text().replace("LTXPipeline", "LTXConditionPipeline"))
     recipe = load_recipe(world / "recipe.yaml", [f"pretrained_model_name_or_path={tmp_path / 'base'}"])
-    with pytest.raises(
-        ra.UserError, match="^base: this LTX-Video is for LTXConditionPipeline, "
-    ):
+    with pytest.raises(ra.UserError, match="^base: this LTX-Video is for LTXConditionPipeline, "):
         read_base(recipe)
