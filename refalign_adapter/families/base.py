@@ -38,6 +38,8 @@ class Family(ABC):
     once with both (`batched_guidance`), and takes u + s · (c − u); it has `encode_prompt`, `guidance_scale`,
     `num_timesteps` and a `scheduler`.
 
+    What several of diffusers' models call alike (`attn1`, `attn2`, `to_k`, `to_v` …) is the default here.
+
     Attributes:
         key: the name it is known by, equal to its file's or its entry point's.
         transformer_classes: names of the transformer classes it covers, diffusers' or its own.
@@ -87,13 +89,13 @@ class Family(ABC):
     def blocks(self, transformer: Any) -> list[nn.Module]:
         """The transformer blocks in order; each returns what `block_tokens` finds video tokens in."""
 
-    @abstractmethod
     def self_attention(self, block: Any) -> nn.Module:
         """The block's self-attention, which calls its `processor`; text tokens may share it."""
+        return block.attn1
 
-    @abstractmethod
     def cross_attentions(self, block: Any) -> list[nn.Module]:
         """The block's attentions of video tokens to something else, such as the text; references skip them."""
+        return [block.attn2]
 
     def text_modules(self, block: Any) -> list[nn.Module]:
         """The block's modules that no video token's keys, values or features come from."""
@@ -103,14 +105,15 @@ class Family(ABC):
         """The video tokens (B, tokens, dim) of what a block returns."""
         return output[0] if isinstance(output, tuple) else output
 
-    @abstractmethod
     def key_value_layers(self, block: Any) -> list[nn.Module]:
         """The linear layers of the block's self-attention that make keys and values."""
+        attention: Any = self.self_attention(block)
+        return [attention.to_k, attention.to_v]
 
-    @abstractmethod
     def rotary_embedding(self, transformer: Any) -> nn.Module | None:
         """The module that makes rotary embeddings of the latents it is called with; None: positions are arguments of
         the transformer, which `reference_arguments` makes."""
+        return None
 
     def rotary_at(self, transformer: Any, latents: Tensor, frames: Tensor, corner: tuple[int, int] = (0, 0)) -> Any:
         """What that module returns, for one-frame latents (R, C, 1, H, W) whose temporal indices are `frames` (R,) and
@@ -119,9 +122,9 @@ class Family(ABC):
         The values of `frames` are not read, so that a GPU is not waited for."""
         raise NotImplementedError
 
-    @abstractmethod
     def hidden_size(self, transformer: Any) -> int:
         """Width of a token."""
+        return transformer.config.num_attention_heads * transformer.config.attention_head_dim
 
     @abstractmethod
     def text_width(self, transformer: Any) -> int:
@@ -246,9 +249,9 @@ class Family(ABC):
         What older versions of diffusers call `torch_dtype` is `dtype`, see `loading_options`.
         """
 
-    @abstractmethod
     def load_encoders(self, name: str, **options: Any) -> Any:
         """Load the pipeline without its transformer: VAE, text encoder, tokenizer, scheduler; `options` likewise."""
+        return self.load_pipeline(name, transformer=None, **options)
 
     @abstractmethod
     def load_pipeline(self, name: str, **options: Any) -> Any:
@@ -262,9 +265,9 @@ class Family(ABC):
     def encode_video(self, pipe: Any, video: Tensor) -> Tensor:
         """Videos (B, 3, frames, height, width) in [−1, 1] to normalised latents (B, C, F, H, W), float32."""
 
-    @abstractmethod
     def encode_images(self, pipe: Any, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) in [−1, 1] to normalised one-frame latents (B, C, H, W), float32."""
+        return self.encode_video(pipe, images.unsqueeze(2)).squeeze(2)
 
     @abstractmethod
     def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Text:

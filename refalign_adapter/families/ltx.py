@@ -80,21 +80,6 @@ class LTXFamily(Family):
     def blocks(self, transformer: Any) -> list[nn.Module]:
         return list(transformer.transformer_blocks)
 
-    def self_attention(self, block: Any) -> nn.Module:
-        return block.attn1
-
-    def cross_attentions(self, block: Any) -> list[nn.Module]:
-        return [block.attn2]
-
-    def key_value_layers(self, block: Any) -> list[nn.Module]:
-        return [block.attn1.to_k, block.attn1.to_v]
-
-    def rotary_embedding(self, transformer: Any) -> nn.Module | None:
-        return None
-
-    def hidden_size(self, transformer: Any) -> int:
-        return transformer.config.num_attention_heads * transformer.config.attention_head_dim
-
     def text_width(self, transformer: Any) -> int:
         return transformer.config.caption_channels
 
@@ -163,9 +148,6 @@ class LTXFamily(Family):
             name, subfolder="transformer", use_safetensors=True, **options
         )
 
-    def load_encoders(self, name: str, **options: Any) -> Any:
-        return self.load_pipeline(name, transformer=None, **options)
-
     def load_pipeline(self, name: str, **options: Any) -> Any:
         from diffusers import LTXPipeline
 
@@ -180,9 +162,6 @@ class LTXFamily(Family):
         latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
         mean, std = (part.float().view(1, -1, 1, 1, 1).to(latents) for part in (vae.latents_mean, vae.latents_std))
         return (latents - mean) * vae.config.scaling_factor / std
-
-    def encode_images(self, pipe: Any, images: Tensor) -> Tensor:
-        return self.encode_video(pipe, images.unsqueeze(2)).squeeze(2)
 
     @torch.no_grad()
     def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Text:

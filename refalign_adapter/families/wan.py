@@ -63,15 +63,6 @@ class WanFamily(Family):
     def blocks(self, transformer: Any) -> list[nn.Module]:
         return list(transformer.blocks)
 
-    def self_attention(self, block: Any) -> nn.Module:
-        return block.attn1
-
-    def cross_attentions(self, block: Any) -> list[nn.Module]:
-        return [block.attn2]
-
-    def key_value_layers(self, block: Any) -> list[nn.Module]:
-        return [block.attn1.to_k, block.attn1.to_v]
-
     def rotary_embedding(self, transformer: Any) -> nn.Module:
         return transformer.rope
 
@@ -99,9 +90,6 @@ class WanFamily(Family):
     def text_width(self, transformer: Any) -> int:
         return transformer.config.text_dim
 
-    def hidden_size(self, transformer: Any) -> int:
-        return transformer.config.num_attention_heads * transformer.config.attention_head_dim
-
     def patch_size(self, transformer: Any) -> tuple[int, int, int]:
         return tuple(transformer.config.patch_size)
 
@@ -119,9 +107,6 @@ class WanFamily(Family):
 
         options = loading_options(options)
         return WanTransformer3DModel.from_pretrained(name, subfolder="transformer", use_safetensors=True, **options)
-
-    def load_encoders(self, name: str, **options: Any) -> Any:
-        return self.load_pipeline(name, transformer=None, **options)
 
     def load_pipeline(self, name: str, **options: Any) -> Any:
         from diffusers import WanPipeline
@@ -141,9 +126,6 @@ class WanFamily(Family):
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         return (latents - mean) / std
-
-    def encode_images(self, pipe: Any, images: Tensor) -> Tensor:
-        return self.encode_video(pipe, images.unsqueeze(2)).squeeze(2)
 
     @torch.no_grad()
     def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Text:

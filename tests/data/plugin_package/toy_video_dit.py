@@ -357,15 +357,6 @@ class ToyFamily(Family):
         of_text = [attention.add_q_proj, attention.add_k_proj, attention.add_v_proj, attention.to_add_out]
         return [*of_text, block.norm1_context, block.norm2_context, block.ff_context]
 
-    def key_value_layers(self, block: Any) -> list[nn.Module]:
-        return [block.attn.to_k, block.attn.to_v]
-
-    def rotary_embedding(self, transformer: Any) -> nn.Module | None:
-        return None
-
-    def hidden_size(self, transformer: Any) -> int:
-        return transformer.config.num_attention_heads * transformer.config.attention_head_dim
-
     def text_width(self, transformer: Any) -> int:
         return transformer.config.text_dim
 
@@ -429,9 +420,6 @@ class ToyFamily(Family):
     def load_transformer(self, name: str, **options: Any) -> nn.Module:
         return ToyTransformer3DModel.from_pretrained(name, subfolder="transformer", **loading_options(options))
 
-    def load_encoders(self, name: str, **options: Any) -> Any:
-        return self.load_pipeline(name, transformer=None, **options)
-
     def load_pipeline(self, name: str, **options: Any) -> Any:
         return ToyPipeline.from_pretrained(name, use_safetensors=True, **loading_options(options))
 
@@ -446,9 +434,6 @@ class ToyFamily(Family):
             torch.tensor(part, device=latents.device) for part in (vae.config.latents_mean, vae.config.latents_std)
         )
         return ((latents - mean) / std).movedim(-1, 1)
-
-    def encode_images(self, pipe: Any, images: Tensor) -> Tensor:
-        return self.encode_video(pipe, images.unsqueeze(2)).squeeze(2)
 
     @torch.no_grad()
     def encode_text(self, pipe: Any, prompts: list[str], max_sequence_length: int) -> Text:
