@@ -237,7 +237,7 @@ def commands(options: DemoOptions) -> list[str]:
     ]
 
 
-def frame_size(folder: Path) -> dict[str, int]:
+def frame_size(folder: Path) -> dict[str, Any]:
     """Height, width and frames of the demo's clips."""
     from ..recipes.file import load_recipe
 

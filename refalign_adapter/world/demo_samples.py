@@ -14,7 +14,8 @@ from PIL import Image
 
 from ..atomic import atomic_file
 from ..media.canvas import prepare_reference
-from .scenes import describe, draw_reference
+from .portraits import draw_reference
+from .scenes import describe
 from .subjects import Subject, random_subject
 
 SPLIT = "eval"
@@ -82,8 +83,8 @@ def write_jobs(folder: Path, *, height: int, width: int, seed: int) -> list[Job]
 
 def draw_prepared(subject: Subject, generator: np.random.Generator, height: int, width: int) -> Image.Image:
     """A reference image (height, width) as training prepares them: cut out by its mask, fitted to a white canvas."""
-    image, mask = draw_reference(subject, generator, height, width)
-    return prepare_reference(image, height=height, width=width, mask=np.asarray(mask) > 0)
+    portrait = draw_reference(subject, generator, height, width)
+    return prepare_reference(portrait.image, height=height, width=width, mask=np.asarray(portrait.mask) > 0)
 
 
 def _new_colour(generator: np.random.Generator, kind: str, seen: set[str]) -> Subject:

@@ -15,7 +15,7 @@ import numpy as np
 from ..atomic import atomic_file
 from ..errors import ConfigError
 from ..files import require_writable_folder
-from .scenes import Clip, draw_clip
+from .scenes import LATER, PAIRS, Clip, draw_clip
 from .subjects import SPLITS
 
 MANIFEST = "metadata.jsonl"
@@ -32,8 +32,11 @@ def write_world(
     num_frames: int = 9,
     fps: int = 8,
     subjects: int | None = None,
+    same_kind: float = 0.0,
+    pairs: str = "cross",
+    reference_backgrounds: float = 0.0,
 ) -> Path:
-    """Draw clips of the world and write them as a data set of cross pairs.
+    """Draw clips of the world and write them as a data set.
 
     Args:
         folder: where to write; created if missing.
@@ -44,6 +47,10 @@ def write_world(
         num_frames: frames a clip, 4k + 1.
         fps: frames a second.
         subjects: subjects in every clip, 1 to 3; None lets each clip draw its number.
+        same_kind: share of clips, 0 to 1, whose subjects, two or three, are of one kind.
+        pairs: `cross` or `regular`, see `draw_clip`.
+        reference_backgrounds: share of clips, 0 to 1, whose references stand before a background; the others' stand on
+            white. Masks tell where the subject is in either.
 
     Returns:
         The manifest, `folder/metadata.jsonl`; its paths are relative to the folder.
@@ -52,22 +59,28 @@ def write_world(
         ConfigError: values out of range, all at once.
         UserError: the folder cannot be written.
     """
-    _check(clips, subjects_split, height, width, num_frames, fps, subjects)
+    problems = _number_problems(clips, subjects_split, height, width, num_frames, fps, subjects)
+    if problems := problems + _kind_problems(subjects, same_kind, pairs, reference_backgrounds):
+        raise ConfigError(problems)
     root = require_writable_folder(folder, "folder")
     for name in ("clips", "references", "masks"):
         (root / name).mkdir(exist_ok=True)
     rows = []
+    size = {"height": height, "width": width, "num_frames": num_frames}
     for number in range(1, clips + 1):
+        stream = np.random.default_rng([seed, SPLITS.index(subjects_split), number, LATER, 1])
+        alike, before_background = (stream.random(2) < (same_kind, reference_backgrounds)).tolist()
         clip = draw_clip(
             seed,
             number,
             split=subjects_split,
-            height=height,
-            width=width,
-            num_frames=num_frames,
             subjects=subjects,
+            same_kind=alike,
+            pairs=pairs,
+            reference_backgrounds=before_background,
+            **size,
         )
-        rows.append(_write_clip(root, f"{number:06d}", clip, fps))
+        rows.append(_write_clip(root, f"{number:06d}", clip, fps, pairs))
     with atomic_file(root / MANIFEST) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return root / MANIFEST
@@ -95,9 +108,9 @@ def write_video(path: str | Path, frames: np.ndarray, fps: int) -> None:
         container.mux(stream.encode())
 
 
-def _write_clip(root: Path, name: str, clip: Clip, fps: int) -> dict:
+def _write_clip(root: Path, name: str, clip: Clip, fps: int, pair: str) -> dict:
     """Write one clip's files; returns its row of the manifest."""
-    row = {"file_name": f"clips/{name}.mp4", "caption": clip.caption, "references": [], "pair": "cross"}
+    row = {"file_name": f"clips/{name}.mp4", "caption": clip.caption, "references": [], "pair": pair}
     write_video(root / row["file_name"], clip.frames, fps)
     for index, subject in enumerate(clip.subjects):
         paths = {"image": f"references/{name}_{index}.png", "mask": f"masks/{name}_{index}.png"}
@@ -107,7 +120,9 @@ def _write_clip(root: Path, name: str, clip: Clip, fps: int) -> dict:
     return row
 
 
-def _check(clips: int, split: str, height: int, width: int, num_frames: int, fps: int, subjects: int | None) -> None:
+def _number_problems(
+    clips: int, split: str, height: int, width: int, num_frames: int, fps: int, subjects: int | None
+) -> list[str]:
     problems = []
     if clips < 1:
         problems.append(f"clips must be at least 1, got {clips}")
@@ -122,5 +137,14 @@ def _check(clips: int, split: str, height: int, width: int, num_frames: int, fps
         problems.append(f"fps must be at least 1, got {fps}")
     if subjects is not None and subjects not in (1, 2, 3):
         problems.append(f"subjects must be 1, 2, 3 or None, got {subjects}")
-    if problems:
-        raise ConfigError(problems)
+    return problems
+
+
+def _kind_problems(subjects: int | None, same_kind: float, pairs: str, reference_backgrounds: float) -> list[str]:
+    shares = {"same_kind": same_kind, "reference_backgrounds": reference_backgrounds}
+    problems = [f"{field} must be in [0, 1], got {value}" for field, value in shares.items() if not 0 <= value <= 1]
+    if pairs not in PAIRS:
+        problems.append(f"pairs must be one of {', '.join(PAIRS)}, got {pairs!r}")
+    if same_kind and subjects == 1:
+        problems.append("same_kind needs clips of 2 or 3 subjects, got subjects 1")
+    return problems

@@ -57,7 +57,18 @@ def test_the_same_seed_writes_the_same_bytes(world, tmp_path):
 
 def test_wrong_values_are_reported_together(tmp_path):
     with pytest.raises(ConfigError) as caught:
-        write_world(tmp_path, clips=0, subjects_split="test", height=63, num_frames=8, fps=0, subjects=4)
+        write_world(
+            tmp_path,
+            clips=0,
+            subjects_split="test",
+            height=63,
+            num_frames=8,
+            fps=0,
+            subjects=4,
+            same_kind=1.5,
+            pairs="pasted",
+            reference_backgrounds=-1,
+        )
     assert [line.split()[0] for line in caught.value.problems] == [
         "clips",
         "subjects_split",
@@ -65,6 +76,9 @@ def test_wrong_values_are_reported_together(tmp_path):
         "num_frames",
         "fps",
         "subjects",
+        "same_kind",
+        "reference_backgrounds",
+        "pairs",
     ]
 
 
@@ -72,3 +86,16 @@ def test_a_file_in_the_place_of_the_folder_is_one_clear_line(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="folder: cannot write"):
         write_world(tmp_path / "taken", clips=1)
+
+
+def test_shares_of_clips_of_one_kind_and_of_references_before_backgrounds(tmp_path):
+    manifest = write_world(tmp_path, clips=24, seed=5, same_kind=0.5, reference_backgrounds=0.5, pairs="regular")
+    rows = rows_of(manifest)
+    assert {row["pair"] for row in rows} == {"regular"}
+    alike = [len({reference["subject"].split("-")[0] for reference in row["references"]}) == 1 for row in rows]
+    several = [len(row["references"]) > 1 for row in rows]
+    assert 4 < sum(np.logical_and(alike, several)) < 20
+    corners = [np.asarray(Image.open(tmp_path / row["references"][0]["image"]))[0, 0].tolist() for row in rows]
+    assert 4 < sum(corner != [255, 255, 255] for corner in corners) < 20
+    with pytest.raises(ConfigError, match="same_kind needs clips of 2 or 3 subjects"):
+        write_world(tmp_path, clips=1, subjects=1, same_kind=0.5)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Dinov2Config, Dinov2Model
 
-from refalign_adapter.world.scenes import BACKGROUNDS, SUPERSAMPLING, draw_background, draw_reference
+from refalign_adapter.world.backgrounds import BACKGROUNDS, draw_background
+from refalign_adapter.world.portraits import SUPERSAMPLING, draw_reference
 from refalign_adapter.world.subjects import KINDS, LOOKS, random_subject
 
 CONFIG: dict[str, Any] = {
@@ -68,9 +69,9 @@ def draw_stills(seed: int, subjects: int, split: str, size: int = 64, views: int
             if view == views - 1:
                 place = str(generator.choice(list(BACKGROUNDS)))
                 background = draw_background(place, generator, size * SUPERSAMPLING, size * SUPERSAMPLING)
-            image, mask = draw_reference(subject, generator, size, size, background)
-            images.append(np.asarray(image))
-            masks.append(np.asarray(mask.resize((size // 8, size // 8), Image.Resampling.BOX)).ravel() > 127)
+            portrait = draw_reference(subject, generator, size, size, background)
+            images.append(np.asarray(portrait.image))
+            masks.append(np.asarray(portrait.mask.resize((size // 8, size // 8), Image.Resampling.BOX)).ravel() > 127)
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).reshape(subjects, views, 3, size, size)
     covered = torch.from_numpy(np.stack(masks)).reshape(subjects, views, -1)
     return Stills(pixels.contiguous(), covered, torch.tensor(attributes))

@@ -18,7 +18,8 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from refalign_adapter.flow import TIMESTEPS, flow_loss, interpolate, sample_sigmas, velocity_target
-from refalign_adapter.world.scenes import BACKGROUNDS, MOTIONS
+from refalign_adapter.world.backgrounds import BACKGROUNDS
+from refalign_adapter.world.motions import MOTIONS
 from refalign_adapter.world.subjects import KINDS
 
 SHIFT = 3.0
