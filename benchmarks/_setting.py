@@ -1,4 +1,4 @@
-"""The settings that benchmarks share: a Wan of any size, its video, its references, and what it runs on."""
+"""The settings that benchmarks share: a model of any size, its video, its references, and what it runs on."""
 
 from __future__ import annotations
 
@@ -13,23 +13,19 @@ import typer
 
 from refalign_adapter.errors import ConfigError
 
-PATCH = 2
-"""Latent rows and columns of a token."""
-FRAMES = 4
-"""Video frames per latent frame after the first."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICES = ("cpu", "cuda")
 
 PresetOption = Annotated[
-    str | None, typer.Option(help="small, 1.3b, 14b, or 5b of Wan 2.2; small on the CPU, else 1.3b.")
+    str | None, typer.Option(help="small, 1.3b, 14b, 5b of Wan 2.2, or ltx; small on the CPU, else 1.3b.")
 ]
 DimOption = Annotated[int | None, typer.Option(help="Width of a token.")]
 HeadsOption = Annotated[int | None, typer.Option(help="Attention heads.")]
 LayersOption = Annotated[int | None, typer.Option(help="Transformer blocks.")]
 FfnOption = Annotated[int | None, typer.Option(help="Width of the feed-forward layers.")]
-FramesOption = Annotated[int | None, typer.Option(help="Video frames, 4k + 1.")]
-HeightOption = Annotated[int | None, typer.Option(help="Video height in pixels, a multiple of 16 (5b: 32).")]
-WidthOption = Annotated[int | None, typer.Option(help="Video width in pixels, a multiple of 16 (5b: 32).")]
+FramesOption = Annotated[int | None, typer.Option(help="Video frames, 4k + 1 (ltx: 8k + 1).")]
+HeightOption = Annotated[int | None, typer.Option(help="Video height in pixels, a multiple of 16 (5b, ltx: 32).")]
+WidthOption = Annotated[int | None, typer.Option(help="Video width in pixels, a multiple of 16 (5b, ltx: 32).")]
 ReferencesOption = Annotated[int, typer.Option(min=1, help="References of a video.")]
 ScaleOption = Annotated[
     float, typer.Option(help="Isolated: canvas of a reference as a share of the video's, at most 1.")
@@ -47,12 +43,16 @@ JsonOption = Annotated[Path | None, typer.Option(help="File for all figures.")]
 
 @dataclass(frozen=True)
 class Size:
-    """Of a Wan and of the latents it denoises.
+    """Of a model and of the latents it denoises.
 
     Attributes:
         dim, heads, layers, ffn: width of a token, attention heads, blocks, width of the feed-forward layers.
         frames, height, width: of the latents.
-        channels, pixels: of the VAE: latent channels, and pixel rows and columns per latent one.
+        channels, pixels, stride: of the VAE: latent channels, pixel rows and columns per latent one, and video frames
+            per latent one after the first.
+        patch: latent rows and columns of a token.
+        family: its key.
+        text_tokens: of a prompt.
         timestep_per_token: whether the pipeline gives every token a timestep of its own.
     """
 
@@ -65,15 +65,19 @@ class Size:
     width: int
     channels: int = 16
     pixels: int = 8
+    stride: int = 4
+    patch: int = 2
+    family: str = "wan"
+    text_tokens: int = 512
     timestep_per_token: bool = False
 
     @property
     def tokens(self) -> int:
         """Of a video."""
-        return self.frames * (self.height // PATCH) * (self.width // PATCH)
+        return self.frames * (self.height // self.patch) * (self.width // self.patch)
 
     def __str__(self) -> str:
-        model = f"dim {self.dim}, {self.heads} heads, {self.layers} blocks, ffn {self.ffn}"
+        model = f"{self.family}: dim {self.dim}, {self.heads} heads, {self.layers} blocks, ffn {self.ffn}"
         return f"{model}; latents {self.frames}x{self.height}x{self.width} = {self.tokens:,} tokens"
 
 
@@ -93,9 +97,24 @@ PRESETS = {
         pixels=16,
         timestep_per_token=True,
     ),
+    "ltx": Size(
+        dim=2048,
+        heads=32,
+        layers=28,
+        ffn=8192,
+        frames=21,
+        height=16,
+        width=22,
+        channels=128,
+        pixels=32,
+        stride=8,
+        patch=1,
+        family="ltx",
+        text_tokens=128,
+    ),
 }
-"""Wan 2.1's own sizes at 81 frames of 480 x 832 pixels, one that a CPU can run, at 240 x 416, and Wan 2.2 TI2V-5B at
-121 frames of 704 x 1280."""
+"""Wan 2.1's own sizes at 81 frames of 480 x 832 pixels, one that a CPU can run, at 240 x 416, Wan 2.2 TI2V-5B at 121
+frames of 704 x 1280, and LTX-Video 0.9 at 161 frames of 512 x 704."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +155,7 @@ class Setting:
         backend = f"attention backend {self.backend or 'native'}"
         dtype = f"{str(self.dtype).removeprefix('torch.')}{', blocks in NF4' if self.nf4 else ''}"
         return (
-            f"Wan: {self.size}\nbatch {self.batch}, {references}; LoRA rank {self.rank}\n"
+            f"{self.size}\nbatch {self.batch}, {references}; LoRA rank {self.rank}\n"
             f"{self.device}, {dtype}, {backend}; {self.rounds} rounds"
         )
 
@@ -166,22 +185,23 @@ def choose_size(
     video_values = {name: value for name, value in video.items() if value is not None}
     given = {**model_values, **video_values}
     problems = [f"{name} must be at least 1, got {value}" for name, value in given.items() if value < 1]
-    frames = video_values.pop("frames", None)
-    if frames is not None and frames % FRAMES != 1:
-        problems.append(f"frames must be 4k + 1, got {frames}")
-    pixels = PRESETS[preset].pixels
-    multiple = pixels * PATCH
+    frames, of = video_values.pop("frames", None), PRESETS[preset]
+    if frames is not None and frames % of.stride != 1:
+        problems.append(f"frames must be {of.stride}k + 1, got {frames}")
+    multiple = of.pixels * of.patch
     problems += [
         f"{name} must be a multiple of {multiple}, got {value}"
         for name, value in video_values.items()
         if value % multiple
     ]
-    latents = {name: value // pixels for name, value in video_values.items()}
+    latents = {name: value // of.pixels for name, value in video_values.items()}
     if frames is not None:
-        latents["frames"] = (frames - 1) // FRAMES + 1
-    size = dataclasses.replace(PRESETS[preset], **model_values, **latents)
+        latents["frames"] = (frames - 1) // of.stride + 1
+    size = dataclasses.replace(of, **model_values, **latents)
     if not problems and size.dim % (2 * size.heads):
         problems.append(f"dim must be an even multiple of heads, got {size.dim} and {size.heads}")
+    if size.family == "ltx" and size.ffn != 4 * size.dim:
+        problems.append(f"ffn must be four times dim in LTX-Video, {4 * size.dim}, got {size.ffn}")
     if problems:
         raise ConfigError(problems)
     return size

@@ -243,7 +243,7 @@ def main(
     """Make videos with every k, beside the stock pipeline's."""
     if threads is not None:
         torch.set_num_threads(threads)
-    size = {"num_frames": frames, "height": height, "width": width}
+    size: dict[str, Any] = {"num_frames": frames, "height": height, "width": width}
     clips = [draw_clip(WORLD, number, split="eval", subjects=references, **size) for number in range(videos)]
     scales = {"guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}
     facts = machine(device)

@@ -3,6 +3,7 @@
     python benchmarks/inference.py                       # a small Wan on the CPU: some minutes
     python benchmarks/inference.py --device cuda --preset 1.3b --references 1
     python benchmarks/inference.py --device cuda --preset 5b --references 1
+    python benchmarks/inference.py --device cuda --preset ltx --references 1
     python benchmarks/inference.py --device cuda --reference-scale 0.5 --dropped 0.4 --backend xformers
 
 Random weights, shared by all; the transformer alone, without VAE and text encoder. Wan 2.2's 5b gets a timestep for
@@ -37,6 +38,7 @@ from torch import Tensor
 import refalign_adapter as ra
 from refalign_adapter.branch.reference_branch import ReferenceBranch
 from refalign_adapter.branch.reference_cache import ReferenceCache
+from refalign_adapter.families.lookup import load_family
 
 STEPS = 50
 PLAIN, JOINT, REFERENCE, ALL = "plain", "joint, merged", "isolated/reference, cached", "isolated/all, merged, cached"
@@ -74,7 +76,7 @@ class Case:
         """Keys and values of the references."""
         assert self.branch is not None
         assert self.references is not None
-        frames = self.inputs["hidden_states"].shape[2]
+        _, frames, _, _ = self.branch.family.call_shape(self.branch.transformer, self.inputs)
         cache = self.branch.encode_references(self.references, tokens=self.tokens, frames=frames)
         assert cache is not None
         return cache
@@ -88,13 +90,7 @@ def build_cases(setting: Setting) -> dict[str, Case]:
     """All cases on one copy of the weights."""
     torch.manual_seed(0)
     base = models.random_transformer(setting)
-    timesteps = (setting.batch, setting.size.tokens) if setting.size.timestep_per_token else (setting.batch,)
-    inputs = {
-        "hidden_states": models.random_video(setting).to(setting.dtype),
-        "timestep": torch.full(timesteps, 500.0, device=setting.device),
-        "encoder_hidden_states": models.random_text(setting).to(setting.dtype),
-        "return_dict": False,
-    }
+    inputs = models.call_arguments(setting, base)
     full, _ = models.random_references(setting, economical=False)
     economical, tokens = models.random_references(setting, economical=True)
     given = {JOINT: (full, None), REFERENCE: (economical, tokens), ALL: (economical, tokens)}
@@ -116,6 +112,7 @@ def _attach(transformer: Any, name: str, setting: Setting) -> ReferenceBranch:
         r=setting.rank,
         lora_alpha=setting.rank,
         align_layers=setting.size.layers - 1,
+        max_sequence_length=setting.size.text_tokens,
     )
     branch = ra.attach(transformer, config, seed=0)
     for _, parameter in branch.named_parameters():
@@ -137,7 +134,9 @@ def build_works(setting: Setting, cases: dict[str, Case]) -> dict[str, Callable[
     size, transformer = setting.size, cases[PLAIN].transformer
     shape = (setting.batch, size.tokens, size.heads, size.dim // size.heads)
     query, key, value = (torch.randn(shape, device=setting.device).to(setting.dtype) for _ in range(3))
-    backend = transformer.blocks[0].attn1.processor._attention_backend
+    family = load_family(transformer)
+    attention: Any = family.self_attention(family.blocks(transformer)[0])
+    backend = attention.processor._attention_backend
 
     def dot_products() -> None:
         for _ in range(size.layers):

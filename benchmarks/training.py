@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import refalign_adapter as ra
 from refalign_adapter.alignment.projector import Projectors
 from refalign_adapter.alignment.reference.objective import ReferenceAlignment
-from refalign_adapter.batch import EMBEDDING, REFERENCE, Batch
+from refalign_adapter.batch import REFERENCE, Batch
 from refalign_adapter.branch.reference_branch import ReferenceBranch
 from refalign_adapter.errors import UserError
 from refalign_adapter.recipes.optimizers import find_optimizer
@@ -86,11 +86,12 @@ class Case:
         return sum(tensor.nbytes for tensor in (*parameters, *state) if isinstance(tensor, Tensor))
 
 
-def random_batch(setting: Setting, references: Tensor, tokens: Tensor | None) -> Batch:
+def random_batch(setting: Setting, transformer: Any, references: Tensor, tokens: Tensor | None) -> Batch:
     """A batch as the data set makes it.
 
     Args:
         setting: see `Setting`.
+        transformer: that takes it.
         references: (B, C, M, h, w), M from 0.
         tokens: (B, M, rows, columns) bool, those that are kept; None: all.
     """
@@ -100,7 +101,7 @@ def random_batch(setting: Setting, references: Tensor, tokens: Tensor | None) ->
     return Batch(
         keys=[str(index) for index in range(batch)],
         latents=models.random_video(setting),
-        text={EMBEDDING: models.random_text(setting)},
+        text=models.random_text(setting, transformer),
         references=references,
         mask=torch.ones(batch, count, dtype=torch.bool, device=device),
         subjects=torch.arange(count, device=device).expand(batch, -1),
@@ -117,14 +118,14 @@ def build_cases(setting: Setting) -> dict[str, Case]:
         base.enable_gradient_checkpointing()
     full, _ = models.random_references(setting, economical=False)
     batches = {
-        "joint": random_batch(setting, full, None),
-        "isolated": random_batch(setting, *models.random_references(setting, economical=True)),
+        "joint": random_batch(setting, base, full, None),
+        "isolated": random_batch(setting, base, *models.random_references(setting, economical=True)),
     }
     cases = {}
     for name, (attention, scope) in VARIANTS.items():
         branch = _attach(models.sharing_weights(base), attention, scope, setting)
         if name == "joint":
-            cases[PLAIN] = _case(branch, None, random_batch(setting, full[:, :, :0], None), setting)
+            cases[PLAIN] = _case(branch, None, random_batch(setting, base, full[:, :, :0], None), setting)
         projectors = Projectors(branch.align_blocks, setting.size.dim, {TEACHER: TEACHER_WIDTH}).to(setting.device)
         cases[name] = _case(branch, None, batches[attention], setting)
         cases[ALIGNED.format(name)] = _case(branch, projectors, batches[attention], setting)
@@ -139,6 +140,7 @@ def _attach(transformer: Any, attention: str, scope: str, setting: Setting) -> R
         r=setting.rank,
         lora_alpha=setting.rank,
         align_layers=setting.size.layers - 1,
+        max_sequence_length=setting.size.text_tokens,
         **economical if attention == "isolated" else {},
     )
     return ra.attach(transformer, config, seed=0)

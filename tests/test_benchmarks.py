@@ -69,6 +69,14 @@ def test_inference(tmp_path):
     assert "joint, merged" in output
 
 
+def test_inference_of_another_family(tmp_path):
+    given = {"preset": "ltx", "ffn": 4 * MODEL["dim"], "frames": 9}
+    found, output = run("inference", tmp_path / "figures.json", **given)
+    assert (found["tokens"], found["reference_tokens"]) == (2 * 2 * 3, 2 * 2 * 3)
+    assert found["key_value_bytes"] == 2 * 12 * MODEL["dim"] * 4 * MODEL["layers"]
+    assert "ltx: dim 64" in output
+
+
 def test_guidance(tmp_path):
     module = importlib.import_module("guidance")
     base = save_tiny_pipeline(tmp_path / "base")
@@ -189,6 +197,7 @@ def test_presets_have_the_tokens_of_the_real_videos():
         "1.3b": 32760,
         "14b": 32760,
         "5b": 27280,
+        "ltx": 7392,
     }
 
 
