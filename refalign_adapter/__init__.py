@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .media.video_file import write_video
     from .pipelines.load import load_adapter
     from .pipelines.merge import merge_and_unload
+    from .world.shipped import demo_adapter, demo_base
 
 _SOURCES = {
     "ConfigError": ".errors",
@@ -23,6 +24,8 @@ _SOURCES = {
     "ReferenceCache": ".branch.reference_cache",
     "UserError": ".errors",
     "attach": ".branch.attach",
+    "demo_adapter": ".world.shipped",
+    "demo_base": ".world.shipped",
     "load_adapter": ".pipelines.load",
     "merge_and_unload": ".pipelines.merge",
     "read_images": ".media.image_files",
@@ -37,6 +40,8 @@ __all__ = [
     "ReferenceCache",
     "UserError",
     "attach",
+    "demo_adapter",
+    "demo_base",
     "load_adapter",
     "merge_and_unload",
     "read_images",

@@ -190,12 +190,16 @@ app.command()(estimate)
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo_output"),
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    prompt: Annotated[
+        str | None, typer.Option(help="Of the first video, with --reference: 'a cat bounces, in a meadow'.")
+    ] = None,
+    reference: Annotated[list[str] | None, typer.Option(help="Your own picture for it; repeat for more.")] = None,
 ) -> None:
-    """Draw a small world, train an adapter in it, generate with it, and write a report."""
+    """Show a video with references in a minute; then train an adapter in a small drawn world, and write a report."""
     from ..world.demo import DemoOptions, run_demo
 
     with stopping_means("the same command goes on from here"):
-        run_demo(DemoOptions(output=output, seed=seed))
+        run_demo(DemoOptions(output=output, seed=seed, prompt=prompt, references=tuple(reference or ())))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The demo: a small world, a real training run on it, videos from a fresh process, and a report.
+"""The demo: a first video with the shipped adapter, then a real training run, videos of its own, and a report.
 
-    DIR/data/train, DIR/data/eval    clips, references and manifests; no subject of one occurs in the other
     DIR/base, DIR/teacher            a tiny Wan pipeline and a tiny DINOv2
+    DIR/first                        the first videos and their reference images, first.gif
+    DIR/data/train, DIR/data/eval    clips, references and manifests; no subject of one occurs in the other
     DIR/recipe.yaml                  the packaged recipe demo/isolated with this folder's paths
     DIR/cache, DIR/training          what `refalign cache` and training write; the adapter is DIR/training/adapter
     DIR/samples                      reference images, prompts, generated videos
@@ -33,11 +34,14 @@ from ..errors import ConfigError, UserError
 from ..files import require_writable_folder
 from ..json_files import read_json, write_json
 from .processes import run_module
+from .shipped import demo_adapter
 
 RECIPE = "demo/isolated"
 RECIPE_FOLDER = "demo_output"
 """What the packaged recipe's paths begin with."""
 STATE = "demo.json"
+MOST_REFERENCES = 3
+"""What the world's clips have at most."""
 NEEDED = {"matplotlib": "analysis", "scipy": "analysis", "sklearn": "analysis", "bitsandbytes": "train"}
 GENERATION = {"num-inference-steps": 25, "image-guidance-scale": 5.0, "guidance-scale": 2.0}
 
@@ -51,6 +55,7 @@ class DemoOptions:
         seed: of the world's draws, of training and of the samples.
         train_clips, eval_clips: clips that are drawn; the evidence needs 64 held-out ones.
         steps: training steps, a tenth of them warm-up; None: what the recipe says.
+        prompt, references: of the first video in place of drawn pictures: a text in the world's words, image files.
 
     Raises:
         ConfigError: values out of range, all at once.
@@ -61,6 +66,8 @@ class DemoOptions:
     train_clips: int = 320
     eval_clips: int = 96
     steps: int | None = None
+    prompt: str | None = None
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         least = {"seed": 0, "train_clips": 1, "eval_clips": 16, "steps": 1}
@@ -70,8 +77,20 @@ class DemoOptions:
             for name, value in values.items()
             if value is not None and value < least[name]
         ]
+        problems += self._problems_of_own_pictures()
         if problems:
             raise ConfigError(problems)
+
+    def _problems_of_own_pictures(self) -> list[str]:
+        from ..generation.prompts import reference_problems
+        from .demo_first import prompt_problem
+
+        if (self.prompt is None) != (not self.references):
+            return ["demo: --reference and --prompt go together: the prompt says what the subject of the picture does"]
+        if self.prompt is None:
+            return []
+        problems = reference_problems(list(self.references), Path(), MOST_REFERENCES)
+        return problems + [problem for problem in [prompt_problem(self.prompt)] if problem]
 
     @property
     def folder(self) -> Path:
@@ -127,7 +146,7 @@ def _open(options: DemoOptions) -> dict[str, Any]:
         UserError: a folder with something else in it, or a demo with other options.
     """
     folder = require_writable_folder(options.folder)
-    settings = {**dataclasses.asdict(options), "output": None}
+    settings = {**dataclasses.asdict(options), "references": list(options.references), "output": None}
     if (folder / STATE).is_file():
         state = read_json(folder / STATE, "output")
         if state["options"] != settings:
@@ -147,15 +166,27 @@ def _open(options: DemoOptions) -> dict[str, Any]:
     return state
 
 
-def make_world(options: DemoOptions) -> None:
-    """Clips, base, teacher and recipe."""
+def first_video(options: DemoOptions) -> None:
+    """Unpack base, teacher and recipe; generate with the shipped adapter."""
     from .base import unpack_base, unpack_teacher
-    from .write import write_world
+    from .demo_first import first_jobs, show_first
 
     folder = options.folder
     unpack_base(folder / "base")
     unpack_teacher(folder / "teacher")
     write_recipe(options)
+    size = frame_size(folder)
+    drawing = {"height": size["height"], "width": size["width"], "seed": options.seed}
+    jobs = first_jobs(folder / "first", [Path(name) for name in options.references], options.prompt, **drawing)
+    _generate(folder, demo_adapter(), folder / "first")
+    show_first(folder / "first", jobs)
+
+
+def make_world(options: DemoOptions) -> None:
+    """Clips."""
+    from .write import write_world
+
+    folder = options.folder
     size = frame_size(folder)
     for split, clips in (("train", options.train_clips), ("eval", options.eval_clips)):
         write_world(
@@ -202,13 +233,19 @@ def train(options: DemoOptions) -> None:
 
 def generate(options: DemoOptions) -> None:
     """Load base and adapter in a fresh process and generate the samples."""
-    from .demo_samples import write_jobs
+    from .demo_samples import SCENES, draw_jobs, write_jobs
 
     folder = options.folder
     size = frame_size(folder)
-    write_jobs(folder / "samples", height=size["height"], width=size["width"], seed=options.seed)
-    arguments = ["--prompts", folder / "samples" / "prompts.jsonl", "--output", folder / "samples"]
-    run_module("refalign_adapter", "generate", *_generation_arguments(folder), *arguments)
+    jobs = draw_jobs(folder / "samples", SCENES, height=size["height"], width=size["width"], seed=options.seed)
+    write_jobs(folder / "samples", jobs)
+    _generate(folder, folder / "training" / "adapter", folder / "samples")
+
+
+def _generate(folder: Path, adapter: Path, videos: Path) -> None:
+    """Generate what the folder `videos` lists into it."""
+    arguments = ["--prompts", videos / "prompts.jsonl", "--output", videos]
+    run_module("refalign_adapter", "generate", *_generation_arguments(folder, adapter), *arguments)
 
 
 def commands(options: DemoOptions) -> list[str]:
@@ -227,7 +264,7 @@ def commands(options: DemoOptions) -> list[str]:
             [
                 *program,
                 "generate",
-                *map(str, _generation_arguments(folder)),
+                *map(str, _generation_arguments(folder, folder / "training" / "adapter")),
                 *("--prompt", prompt),
                 *(part for path in references for part in ("--reference", _short(path))),
                 *("--output", str(folder / f"{name}.mp4")),
@@ -246,9 +283,9 @@ def frame_size(folder: Path) -> dict[str, Any]:
     return {"height": data.height, "width": data.width, "num_frames": data.num_frames, "fps": round(data.fps)}
 
 
-def _generation_arguments(folder: Path) -> list[object]:
+def _generation_arguments(folder: Path, adapter: Path) -> list[object]:
     """What all the demo's calls of `refalign generate` share."""
-    values = {"base": folder / "base", "adapter": folder / "training" / "adapter", **frame_size(folder), **GENERATION}
+    values = {"base": folder / "base", "adapter": adapter, **frame_size(folder), **GENERATION}
     return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
@@ -300,6 +337,7 @@ def report(options: DemoOptions) -> None:
 
 
 STAGES: dict[str, tuple[str, Callable[[DemoOptions], None]]] = {
+    "first": ("A first video, with an adapter that is shipped", first_video),
     "world": ("Drawing the world", make_world),
     "cache": ("Encoding clips, references and captions", make_cache),
     "training": ("Training the adapter", train),

@@ -6,6 +6,7 @@ Some prompts come twice, with other looks of the same kinds: what differs then c
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,18 +54,19 @@ class Job:
     references: tuple[Path, ...]
 
 
-def write_jobs(folder: Path, *, height: int, width: int, seed: int) -> list[Job]:
-    """Draw the reference images into `folder/references` and list the jobs in `folder/prompts.jsonl`.
+def draw_jobs(folder: Path, scenes: Sequence[Scene], *, height: int, width: int, seed: int) -> list[Job]:
+    """Draw the scenes' reference images into `folder/references`; a job for every cast.
 
     Args:
         folder: created if missing.
+        scenes: what is to be seen.
         height, width: of the images, in pixels.
         seed: decides the looks.
     """
     generator = np.random.default_rng([seed, 11])
     (folder / "references").mkdir(parents=True, exist_ok=True)
     jobs = []
-    for scene in SCENES:
+    for scene in scenes:
         seen: set[str] = set()
         for _ in range(scene.casts):
             cast = [_new_colour(generator, kind, seen) for kind in scene.kinds]
@@ -72,13 +74,18 @@ def write_jobs(folder: Path, *, height: int, width: int, seed: int) -> list[Job]
             for subject, path in zip(cast, paths, strict=True):
                 draw_prepared(subject, generator, height, width).save(path)
             jobs.append(Job(f"{len(jobs) + 1}-{'-'.join(scene.kinds)}", scene.prompt, paths))
+    return jobs
+
+
+def write_jobs(folder: Path, jobs: Sequence[Job]) -> None:
+    """List jobs in `folder/prompts.jsonl`, a prompt file of `refalign generate`; the folder is created if missing."""
     rows = [
         {"key": job.key, "prompt": job.prompt, "references": [str(path.resolve()) for path in job.references]}
         for job in jobs
     ]
+    folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "prompts.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return jobs
 
 
 def draw_prepared(subject: Subject, generator: np.random.Generator, height: int, width: int) -> Image.Image:
