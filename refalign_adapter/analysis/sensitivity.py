@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import Batch, CachedSample, moved_text
+from ..batch import CachedSample
 from ..branch.reference_branch import ReferenceBranch
 from ..data.cache.collate import collate
 from ..errors import UserError
-from ..flow import flow_loss, interpolate, velocity_target
+from ..flow import flow_loss, velocity_target
+from .held_out import RowNoise, evaluating, predicted_velocity, rows_of_one_shape
 
 SIGMAS = (0.25, 0.5, 0.75, 0.9)
 CONDITIONS = ("true", "shuffled", "swapped", "none")
@@ -77,18 +78,13 @@ def reference_sensitivity(
     Raises:
         UserError: fewer than two rows can be paired.
     """
-    transformer = branch.transformer
-    training = transformer.training
-    transformer.eval()
-    try:
+    with evaluating(branch.transformer):
         rows = [
             loss
             for group in _groups(samples, seed)
             for start in range(0, len(group), batch_size)
             for loss in _batch_losses(branch, samples, group[start : start + batch_size], sigmas, seed)
         ]
-    finally:
-        transformer.train(training)
     if len(rows) < 2:
         raise UserError(f"samples: at least 2 rows of one shape and number of references are needed, got {len(rows)}")
     losses = torch.stack(rows).double()
@@ -108,13 +104,8 @@ def paired_p_value(smaller: Tensor, larger: Tensor) -> float:
 
 def _groups(samples: Sequence[CachedSample], seed: int) -> Iterator[list[tuple[int, int]]]:
     """Lists of (row, row whose references it borrows), rows of one shape and number of references in each."""
-    shapes: dict[tuple, list[int]] = {}
-    for index, sample in enumerate(samples):
-        if not len(sample.subjects):
-            continue
-        shapes.setdefault((sample.latents.shape, sample.references.shape[1:]), []).append(index)
     generator = torch.Generator().manual_seed(seed)
-    for indices in shapes.values():
+    for indices in rows_of_one_shape(samples):
         order = [indices[place] for place in torch.randperm(len(indices), generator=generator)]
         if len(order) > 1:
             yield list(zip(order, [*order[1:], order[0]], strict=True))
@@ -128,11 +119,10 @@ def _batch_losses(
     seed: int,
 ) -> Tensor:
     """(B, 4) losses, in the order of `CONDITIONS`."""
-    transformer: Any = branch.transformer
-    device = next(transformer.parameters()).device
+    device = next(branch.transformer.parameters()).device
     batch = collate([samples[row] for row, _ in pairs]).to(device)
     other = collate([samples[row] for _, row in pairs]).to(device)
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row, _ in pairs]
+    noises = RowNoise([row for row, _ in pairs], seed)
     swapped = dataclasses.replace(
         batch,
         references=batch.references.roll(1, 2),
@@ -141,23 +131,9 @@ def _batch_losses(
     conditions = (batch, other, swapped, None)
     losses = torch.zeros(len(pairs), len(conditions))
     for sigma in sigmas:
-        noise = torch.stack([torch.randn(batch.latents.shape[1:], generator=generator) for generator in generators])
+        noise = noises.like(batch.latents)
+        target = velocity_target(batch.latents.float(), noise)
         for place, source in enumerate(conditions):
-            losses[:, place] += _losses(branch, batch, source, noise.to(device), sigma).cpu() / len(sigmas)
+            prediction = predicted_velocity(branch, batch, source, noise, sigma)
+            losses[:, place] += flow_loss(prediction, target).cpu() / len(sigmas)
     return losses
-
-
-def _losses(branch: ReferenceBranch, batch: Batch, source: Batch | None, noise: Tensor, sigma: float) -> Tensor:
-    """(B,) flow losses of `batch` with the references of `source`, or without."""
-    transformer: Any = branch.transformer
-    latents = batch.latents.float()
-    sigmas = torch.full((len(latents),), sigma, device=latents.device)
-    noisy = interpolate(latents, noise, sigmas).to(transformer.dtype)
-    family, text = branch.family, moved_text(batch.text, dtype=transformer.dtype)
-    arguments = family.forward_arguments(transformer, noisy, sigmas, text)
-    references = (None, None, None) if source is None else (source.references, source.mask, source.tokens)
-    if source is None and branch.config.null_reference == "zeros":
-        references = torch.zeros_like(batch.references), batch.mask, batch.tokens
-    with branch.references(*references):
-        prediction = family.prediction(transformer, arguments, transformer(**arguments))
-    return flow_loss(prediction, velocity_target(latents, noise))
