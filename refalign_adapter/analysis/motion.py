@@ -39,8 +39,8 @@ def path_of(masks: np.ndarray) -> np.ndarray:
     return path
 
 
-def nearest_motion(path: np.ndarray, templates: Mapping[str, np.ndarray]) -> str | None:
-    """The motion whose path is nearest.
+def motion_distances(path: np.ndarray, templates: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """How far a path is from each motion's, name -> distance; empty for a subject seen in fewer than `SEEN_IN` frames.
 
     Distance is the root mean square of the differences in x, y and size over the frames in which the subject is seen,
     each path's mean over those frames removed first: where a subject is and how large does not count, only how that
@@ -51,9 +51,6 @@ def nearest_motion(path: np.ndarray, templates: Mapping[str, np.ndarray]) -> str
         templates: name -> (F, 3), or (V, F, 3) variants such as long and short ways, of which the nearest counts.
             Where they start does not matter.
 
-    Returns:
-        Its name; the first of those equally near; None for a subject seen in fewer than `SEEN_IN` frames.
-
     Raises:
         UserError: no templates, or shapes that do not fit.
     """
@@ -62,9 +59,15 @@ def nearest_motion(path: np.ndarray, templates: Mapping[str, np.ndarray]) -> str
     path = np.asarray(path, dtype=float)
     seen = np.isfinite(path).all(-1)
     if seen.sum() < SEEN_IN:
-        return None
-    distances = {name: _distance(path[seen], ways[:, seen]) for name, ways in _variants(path, templates).items()}
-    return min(distances, key=distances.__getitem__)
+        return {}
+    return {name: _distance(path[seen], ways[:, seen]) for name, ways in _variants(path, templates).items()}
+
+
+def nearest_motion(path: np.ndarray, templates: Mapping[str, np.ndarray]) -> str | None:
+    """The motion whose path is nearest, see `motion_distances`: the first of those equally near; None for a subject
+    that is hardly seen."""
+    distances = motion_distances(path, templates)
+    return min(distances, key=distances.__getitem__) if distances else None
 
 
 def motion_right(

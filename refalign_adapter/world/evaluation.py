@@ -126,10 +126,14 @@ def facts(verdicts: Mapping[str, Verdict], losses: Losses | None) -> dict[str, A
     """What report.json holds of them, as JSON types: `reference_sensitivity`, `identity`, `confusion`, `copy_paste`,
     `motion` and `attribution`. Identity, copy-paste and motion are of single subjects, under `two` and `same_kind` of
     others; confusion is of two subjects, under `same_kind` of two of one kind."""
-    of_losses = {} if losses is None else {
-        "reference_sensitivity": losses.sensitivity.to_dict(),
-        "attribution": to_json(losses.attribution),
-    }
+    of_losses = (
+        {}
+        if losses is None
+        else {
+            "reference_sensitivity": losses.sensitivity.to_dict(),
+            "attribution": to_json(losses.attribution),
+        }
+    )
     return {
         **of_losses,
         "identity": _by_sort("one", {name: _identity(found) for name, found in verdicts.items()}),

@@ -104,7 +104,9 @@ def copy_paste(watched: Watched, *, seed: int = 0) -> CopyPaste:
     """Compare each subject, in the frame that shows it largest, with its reference and other views of it."""
     rows = [
         _compare(clip, place, video, masks[place], seed, number)
-        for number, clip, video, masks in zip(watched.numbers, watched.clips, watched.videos, watched.masks, strict=True)
+        for number, clip, video, masks in zip(
+            watched.numbers, watched.clips, watched.videos, watched.masks, strict=True
+        )
         for place in range(len(clip.subjects))
         if masks[place].any()
     ]
@@ -144,9 +146,7 @@ class _Comparison:
     reference_mirrored: bool
 
 
-def _compare(
-    clip: Clip, place: int, video: np.ndarray, masks: np.ndarray, seed: int, number: int
-) -> _Comparison:
+def _compare(clip: Clip, place: int, video: np.ndarray, masks: np.ndarray, seed: int, number: int) -> _Comparison:
     subject, pose = clip.subjects[place], clip.reference_poses[place]
     frame = int(masks.sum((1, 2)).argmax())
     crop, mask = canonical(video[frame], masks[frame])

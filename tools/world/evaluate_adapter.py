@@ -60,7 +60,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of the pipeline's call")
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     given = parser.parse_args()
-    arguments: dict[str, Any] = {name: yaml.safe_load(value) for name, _, value in (s.partition("=") for s in given.set)}
+    arguments: dict[str, Any] = {
+        name: yaml.safe_load(value) for name, _, value in (s.partition("=") for s in given.set)
+    }
     own = {name: arguments.pop(name) for name in list(arguments) if name in Sampling.__dataclass_fields__}
     sampling = Sampling(**own, arguments=arguments, references=not given.without_references)
     scenes = Scenes(given.one, given.two, given.same_kind)
