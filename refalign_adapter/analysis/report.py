@@ -18,7 +18,6 @@ from .samples import Sample, read_frames
 from .sensitivity import Sensitivity
 
 TEMPLATE = Path(__file__).with_name("report.html")
-SIGNIFICANCE = 0.01
 STRIP_FRAMES = 5
 
 
@@ -72,12 +71,12 @@ def plot(png: bytes, description: str) -> str:
 
 def sensitivity_answer(result: Sensitivity) -> str:
     """Yes or no, with the numbers."""
-    used = result.true < result.shuffled and result.p_value < SIGNIFICANCE
+    used = result.uses_references
     verdict = "Yes: the adapter uses its references" if used else "No: the adapter does not use its references"
     numbers = (
-        f"Flow loss {result.true:.4f} with the right references, {result.shuffled:.4f} with another clip's, "
-        f"{result.swapped:.4f} with its own in another order, {result.none:.4f} with none; "
-        f"{result.n} held-out clips, p = {result.p_value:.1g}."
+        f"Flow loss {result.true:.4f} with the right references, {result.shuffled:.4f} with another clip's "
+        f"(p = {result.p_value:.1g}), {result.none:.4f} with none (p = {result.p_value_none:.1g}), "
+        f"{result.swapped:.4f} with its own in another order; {result.n} held-out clips."
     )
     return f'<p class="answer {"yes" if used else "no"}">{verdict}.</p>\n<p>{numbers}</p>'
 

@@ -24,6 +24,7 @@ from .held_out import RowNoise, evaluating, predicted_velocity, rows_of_one_shap
 
 SIGMAS = (0.25, 0.5, 0.75, 0.9)
 CONDITIONS = ("true", "shuffled", "swapped", "none")
+SIGNIFICANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,21 @@ class Sensitivity:
     p_value: float
     rows: Tensor
 
+    @property
+    def p_value_none(self) -> float:
+        """Likewise that `true` is less than `none`."""
+        return paired_p_value(self.rows[:, 0], self.rows[:, 3])
+
+    @property
+    def uses_references(self) -> bool:
+        """Whether the right references lower the loss, beyond doubt, against none and against another row's: those may
+        do harm to a model that only takes them for a sign that subjects are to be seen."""
+        lowest = self.true < min(self.shuffled, self.none)
+        return lowest and max(self.p_value, self.p_value_none) < SIGNIFICANCE
+
     def to_dict(self) -> dict[str, Any]:
         """The summary as JSON types, without the rows."""
-        return {name: getattr(self, name) for name in (*CONDITIONS, "n", "p_value")}
+        return {name: getattr(self, name) for name in (*CONDITIONS, "n", "p_value", "p_value_none")}
 
 
 @torch.no_grad()

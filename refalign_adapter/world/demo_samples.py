@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from ..atomic import atomic_file
-from ..media.canvas import prepare_reference
 from .portraits import draw_reference
+from .prepared import prepared
 from .scenes import describe
 from .subjects import Subject, random_subject
 
@@ -90,8 +90,7 @@ def write_jobs(folder: Path, jobs: Sequence[Job]) -> None:
 
 def draw_prepared(subject: Subject, generator: np.random.Generator, height: int, width: int) -> Image.Image:
     """A reference image (height, width) as training prepares them: cut out by its mask, fitted to a white canvas."""
-    portrait = draw_reference(subject, generator, height, width)
-    return prepare_reference(portrait.image, height=height, width=width, mask=np.asarray(portrait.mask) > 0)
+    return prepared(draw_reference(subject, generator, height, width))
 
 
 def _new_colour(generator: np.random.Generator, kind: str, seen: set[str]) -> Subject:

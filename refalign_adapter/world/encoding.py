@@ -17,11 +17,10 @@ from torch import Tensor
 from ..analysis.latent_masks import latent_masks
 from ..batch import CachedSample
 from ..families.wan import FAMILY
-from ..media.canvas import prepare_reference
 from .portraits import draw_reference
+from .prepared import prepared, prepared_references
 from .scenes import Clip
 from .subjects import KINDS, random_subject
-from .watching import references_of
 
 BATCH = 16
 
@@ -52,7 +51,7 @@ def encode_clips(pipe: Any, clips: Sequence[Clip], *, text_tokens: int, seed: in
         seed: of the other references.
     """
     videos = torch.cat([FAMILY.encode_video(pipe, _signal(part)) for part in _parts([clip.frames for clip in clips])])
-    own = [reference for clip in clips for reference in references_of(clip)]
+    own = [reference for clip in clips for reference in prepared_references(clip)]
     others = [_other_look(clip, place, seed) for clip in clips for place in range(len(clip.subjects))]
     encoded = torch.cat([FAMILY.encode_images(pipe, _signal(part)) for part in _parts([*own, *others])])
     text = FAMILY.encode_text(pipe, [clip.caption for clip in clips], text_tokens)
@@ -82,8 +81,7 @@ def _other_look(clip: Clip, place: int, seed: int) -> Image.Image:
     while other == subject:
         other = random_subject(generator, subject.split, subject.kind)
     height, width = clip.frames.shape[1:3]
-    portrait = draw_reference(other, generator, height, width)
-    return prepare_reference(portrait.image, height=height, width=width, mask=np.asarray(portrait.mask) > 0)
+    return prepared(draw_reference(other, generator, height, width))
 
 
 def _parts(pictures: Sequence[Any]) -> list[np.ndarray]:

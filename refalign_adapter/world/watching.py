@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..analysis.motion import path_of
-from ..media.canvas import prepare_reference
 from .paths import in_caption_order
+from .prepared import prepared_references
 from .reading import Judge, Reading
 from .scenes import Clip, draw_clip
 from .subjects import LOOKS
@@ -121,14 +120,6 @@ def looks_of(looks: Sequence[str]) -> list[int]:
     return [values.index(look) for values, look in zip(LOOKS, looks, strict=True)]
 
 
-def references_of(clip: Clip) -> list[Image.Image]:
-    """A clip's references as training prepares them: cut out by their masks, fitted to a white canvas."""
-    return [
-        prepare_reference(image, height=image.height, width=image.width, mask=np.asarray(mask) > 0)
-        for image, mask in zip(clip.references, clip.masks, strict=True)
-    ]
-
-
 def _ordered(reading: Reading, order: Sequence[int]) -> tuple[np.ndarray, ...]:
     places = list(order)
     return reading.masks[places], reading.looks[places], reading.over_frames()[places]
@@ -142,7 +133,7 @@ def _generate(
     generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for seed, number in jobs]
     videos = pipe(
         [clip.caption for clip in some],
-        reference_images=[references_of(clip) for clip in some] if sampling.references else None,
+        reference_images=[prepared_references(clip) for clip in some] if sampling.references else None,
         height=height,
         width=width,
         num_frames=frames,

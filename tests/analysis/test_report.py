@@ -33,9 +33,11 @@ ROWS = [
 ]
 
 
-def sensitivity(true: float = 0.3, shuffled: float = 0.4, p_value: float = 1e-9) -> Sensitivity:
-    rows = torch.tensor([true, shuffled, 0.31, 0.5], dtype=torch.float64) + 0.01 * torch.arange(4)[:, None]
-    return Sensitivity(true, shuffled, 0.31, 0.5, 4, p_value, rows)
+def sensitivity(true: float = 0.3, shuffled: float = 0.4, p_value: float = 1e-9, none: float = 0.5) -> Sensitivity:
+    """Of 16 rows whose losses differ by little."""
+    noise = 0.001 * torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([true, shuffled, 0.31, none], dtype=torch.float64) + noise
+    return Sensitivity(true, shuffled, 0.31, none, 16, p_value, rows)
 
 
 def opened(png: bytes) -> np.ndarray:
@@ -128,12 +130,16 @@ def test_report_is_one_well_formed_file(sample: Sample, tmp_path: Path):
     assert not re.search(r"\$\w", text)
 
 
-@pytest.mark.parametrize(("true", "shuffled", "p_value"), [(0.4, 0.3, 0.999), (0.3, 0.30001, 0.2)])
-def test_answer_is_no_without_evidence(true: float, shuffled: float, p_value: float):
-    assert "No: the adapter does not use" in report.sensitivity_answer(sensitivity(true, shuffled, p_value))
+@pytest.mark.parametrize(
+    ("true", "shuffled", "p_value", "none"),
+    [(0.4, 0.3, 0.999, 0.5), (0.3, 0.30001, 0.2, 0.5), (0.3, 0.4, 1e-9, 0.29), (0.3, 0.4, 1e-9, 0.30001)],
+    ids=["worse than shuffled", "perhaps chance", "worse than none", "perhaps no better than none"],
+)
+def test_answer_is_no_without_evidence(true: float, shuffled: float, p_value: float, none: float):
+    assert "No: the adapter does not use" in report.sensitivity_answer(sensitivity(true, shuffled, p_value, none))
 
 
 def test_summary_is_json():
-    assert json.loads(json.dumps(sensitivity().to_dict())) == {
-        "true": 0.3, "shuffled": 0.4, "swapped": 0.31, "none": 0.5, "n": 4, "p_value": 1e-9
-    }  # fmt: skip
+    summary = json.loads(json.dumps(sensitivity().to_dict()))
+    assert 0 < summary.pop("p_value_none") < 1e-9
+    assert summary == {"true": 0.3, "shuffled": 0.4, "swapped": 0.31, "none": 0.5, "n": 16, "p_value": 1e-9}
