@@ -88,6 +88,39 @@ def sample_table(samples: Iterable[Sample]) -> str:
     return f'<div class="scroll"><table>\n{head}\n{rows}\n</table></div>'
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """References and prompt of one row, and a video for each column."""
+
+    prompt: str
+    references: tuple[Path, ...]
+    videos: tuple[Path, ...]
+
+
+def comparison_table(heads: Sequence[str], rows: Iterable[Comparison]) -> str:
+    """References, prompt and the videos that several models make of them, side by side.
+
+    Args:
+        heads: of the videos' columns.
+        rows: with as many videos each.
+    """
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("references", "prompt", *heads))
+    lines = [
+        f'<tr><td class="pictures">{_references(row.references)}</td><td class="prompt">{escape(row.prompt)}</td>'
+        + "".join(f"<td>{_movie(video)}</td>" for video in row.videos)
+        + "</tr>"
+        for row in rows
+    ]
+    return f'<div class="scroll"><table class="comparison">\n<tr>{head}</tr>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def explained_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts, such as numbers with their intervals and what they mean."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    lines = ["<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in rows]
+    return f'<div class="scroll"><table class="explained">\n<tr>{head}</tr>\n' + "\n".join(lines) + "\n</table></div>"
+
+
 def value_table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A plain table; the first column is text, the others numbers."""
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
@@ -106,17 +139,24 @@ def code(lines: Iterable[str]) -> str:
 
 
 def _sample_row(sample: Sample) -> str:
-    references = "".join(
-        f'<img class="still reference" alt="reference" src="{_embedded(path.read_bytes(), "image/png")}">'
-        for path in sample.references
-    )
-    movie = _embedded(sample.video.read_bytes(), "video/mp4")
     strip = _png(frame_strip(read_frames(sample.video), STRIP_FRAMES))
     return (
-        f'<tr><td style="white-space: nowrap">{references}</td><td class="prompt">{escape(sample.prompt)}</td>'
-        f'<td><video autoplay loop muted playsinline src="{movie}"></video></td>'
+        f'<tr><td class="pictures">{_references(sample.references)}</td>'
+        f'<td class="prompt">{escape(sample.prompt)}</td>'
+        f"<td>{_movie(sample.video)}</td>"
         f'<td><img class="still" alt="frames" src="{_embedded(strip, "image/png")}"></td></tr>'
     )
+
+
+def _references(paths: Iterable[Path]) -> str:
+    return "".join(
+        f'<img class="still reference" alt="reference" src="{_embedded(path.read_bytes(), "image/png")}">'
+        for path in paths
+    )
+
+
+def _movie(video: Path) -> str:
+    return f'<video autoplay loop muted playsinline src="{_embedded(video.read_bytes(), "video/mp4")}"></video>'
 
 
 def _embedded(content: bytes, kind: str) -> str:

@@ -34,6 +34,7 @@ from ..errors import ConfigError, UserError
 from ..files import require_writable_folder
 from ..json_files import read_json, write_json
 from .processes import run_module
+from .sampling import Sampling
 from .shipped import demo_adapter
 
 RECIPE = "demo/isolated"
@@ -43,7 +44,11 @@ STATE = "demo.json"
 MOST_REFERENCES = 3
 """What the world's clips have at most."""
 NEEDED = {"matplotlib": "analysis", "scipy": "analysis", "sklearn": "analysis", "bitsandbytes": "train"}
-GENERATION = {"num-inference-steps": 25, "image-guidance-scale": 5.0, "guidance-scale": 2.0}
+GENERATION = {
+    "num-inference-steps": Sampling.num_inference_steps,
+    "guidance-scale": Sampling.guidance_scale,
+    "image-guidance-scale": Sampling.image_guidance_scale,
+}
 
 
 @dataclass(frozen=True)
@@ -232,14 +237,14 @@ def train(options: DemoOptions) -> None:
 
 
 def generate(options: DemoOptions) -> None:
-    """Load base and adapter in a fresh process and generate the samples."""
+    """Draw reference images, and generate with them in a fresh process: base, trained adapter and shipped one."""
     from .demo_samples import SCENES, draw_jobs, write_jobs
 
     folder = options.folder
     size = frame_size(folder)
     jobs = draw_jobs(folder / "samples", SCENES, height=size["height"], width=size["width"], seed=options.seed)
     write_jobs(folder / "samples", jobs)
-    _generate(folder, folder / "training" / "adapter", folder / "samples")
+    run_module("refalign_adapter.world.demo_videos", folder)
 
 
 def _generate(folder: Path, adapter: Path, videos: Path) -> None:
@@ -253,11 +258,12 @@ def commands(options: DemoOptions) -> list[str]:
     from .demo_samples import SCENES, read_jobs
 
     folder = options.folder
-    first, second = read_jobs(folder / "samples")[:2]
+    jobs = read_jobs(folder / "samples")
+    first, second = [job for job in jobs if len(job.references) == 2][:2]
     script = Path(sys.executable).parent / "refalign"
     program = [_short(script)] if script.is_file() else [_short(Path(sys.executable)), "-m", "refalign_adapter"]
     swapped = (first.references[0], second.references[1])
-    other = dataclasses.replace(SCENES[0], motions=("spins", "bounces"), place="in a city").prompt
+    other = dataclasses.replace(SCENES[-1], motions=("bounces", "sways"), place="in a city").prompt
     wanted = [("another_reference", first.prompt, swapped), ("another_prompt", other, first.references)]
     return [
         shlex.join(
@@ -301,20 +307,25 @@ def _finish(options: DemoOptions, seconds: dict[str, float], console: Console) -
     facts = read_json(folder / "report.json")
     facts["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
     write_json(folder / "report.json", facts)
-    result = facts["reference_sensitivity"]
-    console.print()
-    console.print(
-        f"Held-out flow loss with the right references {result['true']:.4f}, with another clip's "
-        f"{result['shuffled']:.4f}, with none {result['none']:.4f} (n = {result['n']}, p = {result['p_value']:.1g}).",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(
-        f"Done in {facts['seconds']['total']:.0f} s. Open {folder / 'report.html'} in a browser.", highlight=False
-    )
+    for line in (
+        *_results(facts),
+        f"Done in {facts['seconds']['total']:.0f} s. Open {folder / 'report.html'} in a browser.",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print("Generate again, with another reference and with another prompt:", highlight=False, soft_wrap=True)
     for command in commands(options):
         print(f"\n{command}")  # not through the console, which would wrap the line
+
+
+def _results(facts: dict[str, Any]) -> tuple[str, str]:
+    losses, identity = facts["reference_sensitivity"], facts["identity"]
+    return (
+        f"\nHeld-out flow loss with the right references {losses['true']:.4f}, with another clip's "
+        f"{losses['shuffled']:.4f} (p = {losses['p_value']:.1g}), with none {losses['none']:.4f} "
+        f"(p = {losses['p_value_none']:.1g}); {losses['n']} clips.",
+        f"In {identity['top1']:.0%} of {identity['n']} videos the right reference is first among 16 of its kind, by "
+        f"chance in {identity['chance']:.0%}.",
+    )
 
 
 def report(options: DemoOptions) -> None:
@@ -324,13 +335,9 @@ def report(options: DemoOptions) -> None:
 
     folder = options.folder
     size = frame_size(folder)
+    del size["fps"]
     measured = measure(
-        folder / "base",
-        folder / "training" / "adapter",
-        folder / "cache",
-        height=size["height"],
-        width=size["width"],
-        seed=options.seed,
+        folder / "base", folder / "training" / "adapter", folder / "cache", size=size, seed=options.seed
     )
     state = read_json(folder / STATE)
     write_demo_report(folder, measured, state["options"], state["seconds"], commands(options))

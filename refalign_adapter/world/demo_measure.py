@@ -1,10 +1,11 @@
-"""What the demo measures once its adapter is trained: reference sensitivity, and reference features before and after.
+"""What the demo measures once its adapter is trained: losses, videos that the judge reads, and reference features.
 
 Shape letters: B batch, C latent channels, M references, H and W latent height and width, R references in all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.features import Separability, mean_reference_tokens, separability
-from ..analysis.sensitivity import Sensitivity, reference_sensitivity
+from ..analysis.sensitivity import reference_sensitivity
 from ..branch.attach import attach
 from ..branch.reference_branch import ReferenceBranch
 from ..branch.switched_on import branch_of
@@ -24,8 +25,13 @@ from ..families.wan import FAMILY
 from ..library_output import quiet_libraries
 from ..pipelines.load import load_adapter
 from .demo_samples import SPLIT, draw_prepared
+from .evaluation import Losses, Scenes, attribution_of_drawn, watch_scenes
+from .reading import Judge
+from .sampling import Sampling
 from .subjects import KINDS, Subject, random_subject
+from .verdict import Verdict
 
+ATTRIBUTED = 24
 SUBJECTS, VIEWS = 8, 8
 
 
@@ -54,39 +60,50 @@ class FeatureViews:
 
 @dataclass(frozen=True)
 class Measured:
-    """All that is measured."""
+    """All that is measured.
 
-    sensitivity: Sensitivity
+    Attributes:
+        losses: of the validation rows, and of clips that are drawn for attribution.
+        verdicts: of videos that are generated for it.
+        features: see `FeatureViews`.
+    """
+
+    losses: Losses
+    verdicts: dict[str, Verdict]
     features: FeatureViews
 
 
-def measure(base: Path, adapter: Path, cache_dir: Path, *, height: int, width: int, seed: int) -> Measured:
+def measure(base: Path, adapter: Path, cache_dir: Path, *, size: Mapping[str, int], seed: int) -> Measured:
     """Measure an adapter on held-out rows and subjects.
 
     Args:
         base: the base pipeline's folder.
         adapter: the adapter's folder.
         cache_dir: a cache with validation rows.
-        height, width: of the reference images that are drawn, in pixels.
+        size: height, width and num_frames of what is drawn.
         seed: of subjects, pairing and noise.
     """
     rows = CachedDataset(cache_dir, split="validation", targets={})
     with quiet_libraries():
         pipe = FAMILY.load_pipeline(str(base))
-    subjects, views, labels = paired_views(pipe, height, width, seed)
+    subjects, views, labels = paired_views(pipe, size["height"], size["width"], seed)
     arguments: dict[str, Any] = {"num_frames": rows.shapes[0][1], "seed": seed}
 
     untrained = attach(pipe.transformer, open_adapter(adapter).config, seed=seed)
     before = mean_reference_tokens(untrained, views, rows.meta.empty_text, **arguments)
     untrained.detach()
-    trained = _trained(load_adapter(pipe, adapter))
+    made = load_adapter(pipe, adapter)
+    trained = _trained(made)
     after = mean_reference_tokens(trained, views, rows.meta.empty_text, **arguments)
     block = trained.align_blocks[-1]
     features = FeatureViews(
         subjects, labels, block, *(np.concatenate(list(found[block])) for found in (before, after))
     )
     held_out = [rows[index] for index in range(len(rows))]
-    return Measured(reference_sensitivity(trained, held_out, seed=seed), features)
+    attribution = attribution_of_drawn(made, trained, ATTRIBUTED, subjects=2, seed=seed, size=size)
+    losses = Losses(reference_sensitivity(trained, held_out, seed=seed), attribution)
+    verdicts = watch_scenes(made, Judge.load(), Scenes(one=16, two=8, size=size), Sampling(), seeds=[seed])
+    return Measured(losses, verdicts, features)
 
 
 def paired_views(pipe: Any, height: int, width: int, seed: int) -> tuple[list[str], Tensor, np.ndarray]:

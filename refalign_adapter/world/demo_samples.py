@@ -38,10 +38,10 @@ class Scene:
 
 
 SCENES = (
-    Scene(("cat", "mushroom"), ("bounces", "sways"), "in a meadow", casts=2),
-    Scene(("fish",), ("slides to the right",), "under the sea", casts=2),
-    Scene(("star", "ghost"), ("spins", "floats up"), "at night"),
-    Scene(("rocket", "house", "ball"), ("floats up", "sways", "bounces"), "in the snow"),
+    Scene(("cat",), ("bounces",), "in a meadow", casts=2),
+    Scene(("fish",), ("slides to the right",), "on a beach", casts=2),
+    Scene(("mushroom",), ("sways",), "in the snow", casts=2),
+    Scene(("star", "ghost"), ("spins", "floats up"), "in the desert", casts=2),
 )
 
 

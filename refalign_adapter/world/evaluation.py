@@ -13,10 +13,11 @@ from ..analysis.attribution import Attribution, reference_attribution
 from ..analysis.results import to_json
 from ..analysis.sensitivity import Sensitivity, reference_sensitivity
 from ..branch.reference_branch import ReferenceBranch
-from .encoding import encode_clips
+from .encoding import Encoded, encode_clips
 from .reading import Judge
+from .sampling import Sampling
 from .verdict import Verdict, verdict
-from .watching import Sampling, held_out_clips, watch
+from .watching import held_out_clips, watch
 
 SEED = 1001
 SIZE = {"height": 64, "width": 64, "num_frames": 9}
@@ -91,7 +92,7 @@ def measure_losses(
     batch_size: int = 8,
     size: Mapping[str, int] = SIZE,
 ) -> Losses:
-    """Flow losses on so many held-out clips of one, two and three subjects, as many of each.
+    """Flow losses on so many held-out clips for each number of subjects, one to three.
 
     Args:
         pipe: whose encoders are used.
@@ -101,24 +102,41 @@ def measure_losses(
         batch_size: clips at a time.
         size: height, width, num_frames.
     """
-    counts = [len(range(subjects - 1, clips, 3)) for subjects in (1, 2, 3)]
-    drawn = [
-        clip
-        for subjects, count in enumerate(counts, start=1)
-        for clip in held_out_clips(count, subjects, seed=SEED, **size)
-    ]
+    drawn = [clip for count in (1, 2, 3) for clip in held_out_clips(clips, count, seed=SEED, **size)]
     encoded = encode_clips(pipe, drawn, text_tokens=branch.config.max_sequence_length, seed=seed)
     samples = [item.sample for item in encoded]
     return Losses(
         reference_sensitivity(branch, samples, seed=seed, batch_size=batch_size),
-        reference_attribution(
-            branch,
-            samples,
-            [item.masks for item in encoded],
-            [item.replacements for item in encoded],
-            seed=seed,
-            batch_size=batch_size,
-        ),
+        _attribution(branch, encoded, seed, batch_size),
+    )
+
+
+def attribution_of_drawn(
+    pipe: Any,
+    branch: ReferenceBranch,
+    clips: int,
+    *,
+    subjects: int,
+    seed: int = 0,
+    batch_size: int = 8,
+    size: Mapping[str, int] = SIZE,
+) -> dict[int, Attribution]:
+    """Attribution alone, of clips with so many subjects; arguments as of `measure_losses`."""
+    drawn = held_out_clips(clips, subjects, seed=SEED, **size)
+    encoded = encode_clips(pipe, drawn, text_tokens=branch.config.max_sequence_length, seed=seed)
+    return _attribution(branch, encoded, seed, batch_size)
+
+
+def _attribution(
+    branch: ReferenceBranch, encoded: Sequence[Encoded], seed: int, batch_size: int
+) -> dict[int, Attribution]:
+    return reference_attribution(
+        branch,
+        [item.sample for item in encoded],
+        [item.masks for item in encoded],
+        [item.replacements for item in encoded],
+        seed=seed,
+        batch_size=batch_size,
     )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from ..hashes import file_digest
 from .base import ASSETS, unpack_base
 
+FIGURES = "figures.json"
+"""Beside the adapter: what `tools/world/evaluate_adapter.py` measured of it."""
 NAME = "demo"
 """In place of a folder or a Hub id."""
 

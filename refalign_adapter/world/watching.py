@@ -5,36 +5,22 @@ Shape letters: V videos, M subjects of each, F frames, H and W height and width,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..analysis.motion import path_of
 from .paths import in_caption_order
 from .prepared import prepared_references
 from .reading import Judge, Reading
+from .sampling import Sampling, sample_videos
 from .scenes import Clip, draw_clip
 from .subjects import LOOKS
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How videos are sampled.
-
-    Attributes:
-        num_inference_steps, guidance_scale, image_guidance_scale: of the reference pipeline's call.
-        arguments: more of its arguments, such as guidance_refresh.
-        references: whether the scenes' references are given; without them videos are the base's own.
-    """
-
-    num_inference_steps: int = 25
-    guidance_scale: float = 2.0
-    image_guidance_scale: float = 3.0
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    references: bool = True
+SPREAD = 1_000_003
+"""Seeds of one video are so far apart that no other's is met."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +55,10 @@ class Watched:
         return np.array([[path_of(mask) for mask in masks] for masks in self.masks])
 
 
-def held_out_clips(count: int, subjects: int, *, seed: int, same_kind: bool = False, **size: int) -> list[Clip]:
+def held_out_clips(count: int, subjects: int, *, seed: int, same_kind: bool = False, **size: Any) -> list[Clip]:
     """Clips of held-out subjects; size is height, width and num_frames."""
     return [
-        draw_clip(seed, number, split="eval", subjects=subjects, same_kind=same_kind, **_sized(size))
+        draw_clip(seed, number, split="eval", subjects=subjects, same_kind=same_kind, **size)
         for number in range(count)
     ]
 
@@ -130,22 +116,12 @@ def _generate(
 ) -> Iterator[np.ndarray]:
     some = [clips[number] for _, number in jobs]
     frames, height, width, _ = some[0].frames.shape
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + number) for seed, number in jobs]
-    videos = pipe(
+    videos = sample_videos(
+        pipe,
         [clip.caption for clip in some],
-        reference_images=[prepared_references(clip) for clip in some] if sampling.references else None,
-        height=height,
-        width=width,
-        num_frames=frames,
-        num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
-        image_guidance_scale=sampling.image_guidance_scale,
-        generator=generators,
-        output_type="np",
-        **sampling.arguments,
-    ).frames
-    yield from (np.clip(np.asarray(videos) * 255 + 0.5, 0, 255)).astype(np.uint8)
-
-
-def _sized(size: Mapping[str, int]) -> dict[str, Any]:
-    return dict(size)
+        [prepared_references(clip) for clip in some],
+        sampling,
+        seeds=[seed * SPREAD + number for seed, number in jobs],
+        size={"num_frames": frames, "height": height, "width": width},
+    )
+    yield from np.clip(videos * 255 + 0.5, 0, 255).astype(np.uint8)

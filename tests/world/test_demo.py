@@ -16,16 +16,28 @@ from PIL import Image
 from rich.console import Console
 
 from refalign_adapter import ConfigError, RefAlignConfig, UserError
+from refalign_adapter.analysis.attribution import attribution
+from refalign_adapter.analysis.confusion import confusion
+from refalign_adapter.analysis.estimate import mean, share, void
+from refalign_adapter.analysis.identity import looks_right, retrieval
+from refalign_adapter.analysis.mixing import mixing
 from refalign_adapter.analysis.sensitivity import Sensitivity
 from refalign_adapter.media.video_file import write_video
 from refalign_adapter.recipes.file import load_recipe
 from refalign_adapter.signals import Stopped
 from refalign_adapter.world import demo
 from refalign_adapter.world.demo import DemoOptions, run_demo
+from refalign_adapter.world.demo_first import first_jobs
 from refalign_adapter.world.demo_measure import FeatureViews, Measured
+from refalign_adapter.world.demo_numbers import MEASURES
 from refalign_adapter.world.demo_report import write_demo_report
-from refalign_adapter.world.demo_samples import SCENES, read_jobs, write_jobs
+from refalign_adapter.world.demo_samples import SCENES, draw_jobs, read_jobs, write_jobs
+from refalign_adapter.world.demo_videos import ARMS
+from refalign_adapter.world.evaluation import Losses
 from refalign_adapter.world.subjects import Subject
+from refalign_adapter.world.verdict import CopyPaste, Verdict
+
+STAGES = ("first", "world", "cache", "training", "samples", "report")
 
 
 @pytest.fixture
@@ -37,8 +49,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def run(options: DemoOptions) -> None:
             noted.append(name)
             if name == "report":
-                summary = {"true": 0.1, "shuffled": 0.2, "none": 0.3, "n": 64, "p_value": 1e-6}
-                (options.folder / "report.json").write_text(json.dumps({"reference_sensitivity": summary}))
+                losses = {"true": 0.1, "shuffled": 0.2, "none": 0.3, "n": 64, "p_value": 1e-6, "p_value_none": 1e-4}
+                facts = {"reference_sensitivity": losses, "identity": {"top1": 0.5, "n": 16, "chance": 0.0625}}
+                (options.folder / "report.json").write_text(json.dumps(facts))
 
         return run
 
@@ -58,15 +71,33 @@ def test_options_report_every_problem():
     assert [line.split()[0] for line in error.value.problems] == ["seed", "train_clips", "eval_clips", "steps"]
 
 
+def test_own_pictures_need_a_prompt_in_the_worlds_words(tmp_path: Path):
+    picture = tmp_path / "mine.png"
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(picture)
+    for given in ({"references": (str(picture),)}, {"prompt": "a cat bounces, in a meadow"}):
+        with pytest.raises(ConfigError, match="--reference and --prompt go together"):
+            DemoOptions("out", **given)
+    with pytest.raises(ConfigError) as error:
+        DemoOptions("out", prompt="a dog runs, in a meadow", references=(str(tmp_path / "none.png"),))
+    assert len(error.value.problems) == 2
+    assert "does not know 'dog'; it knows a subject (ball, box" in str(error.value)
+    options = DemoOptions(tmp_path / "out", prompt="A cat bounces, in a meadow", references=(str(picture),))
+    jobs = first_jobs(tmp_path / "first", [picture], options.prompt, height=64, width=64, seed=0)
+    assert [(job.key, job.references) for job in jobs] == [("yours", (picture,))]
+    assert read_jobs(tmp_path / "first")[0].prompt == options.prompt
+
+
 def test_stages_run_once_in_order(calls: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
     options = DemoOptions(tmp_path / "out")
     assert run_demo(options, Console()) == tmp_path / "out" / "report.html"
-    assert calls == ["world", "cache", "training", "samples", "report"]
+    assert calls == list(STAGES)
     facts = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(facts["seconds"]) == {*calls, "total"}
-    assert "p = 1e-06" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "p = 1e-06" in printed
+    assert "In 50% of 16 videos the right reference is first among 16 of its kind, by chance in 6%." in printed
     run_demo(options, Console())
-    assert len(calls) == 5
+    assert len(calls) == len(STAGES)
     assert "done before" in capsys.readouterr().out
 
 
@@ -80,7 +111,7 @@ def test_goes_on_after_an_interruption(calls: list[str], tmp_path: Path, monkeyp
         run_demo(DemoOptions(tmp_path), Console(quiet=True))
     monkeypatch.setattr(demo, "STAGES", whole)
     run_demo(DemoOptions(tmp_path), Console(quiet=True))
-    assert calls == ["world", "cache", "training", "samples", "report"]
+    assert calls == list(STAGES)
 
 
 def test_refuses_a_folder_with_something_else(calls: list[str], tmp_path: Path):
@@ -112,7 +143,8 @@ def test_recipe_points_into_the_folder_whatever_its_name(tmp_path: Path):
 
 
 def test_jobs_show_held_out_subjects_in_colours_of_their_own(tmp_path: Path):
-    jobs = write_jobs(tmp_path / "a", height=64, width=48, seed=0)
+    jobs = draw_jobs(tmp_path / "a", SCENES, height=64, width=48, seed=0)
+    write_jobs(tmp_path / "a", jobs)
     assert len(jobs) == sum(scene.casts for scene in SCENES)
     assert sum(len(job.references) == 2 for job in jobs) >= 2
     assert len({job.key for job in jobs}) == len(jobs)
@@ -125,19 +157,37 @@ def test_jobs_show_held_out_subjects_in_colours_of_their_own(tmp_path: Path):
     colours = [subject_of(path).looks[0] for job in same for path in job.references]
     assert len(same) == 2
     assert len(set(colours)) == len(colours)
-    again = write_jobs(tmp_path / "b", height=64, width=48, seed=0)
+    again = draw_jobs(tmp_path / "b", SCENES, height=64, width=48, seed=0)
     assert [path.read_bytes() for job in jobs for path in job.references] == [
         path.read_bytes() for job in again for path in job.references
     ]
     assert [job.prompt for job in read_jobs(tmp_path / "a")] == [job.prompt for job in jobs]
 
 
+def verdict_of(subjects: int) -> Verdict:
+    """Of four perfect videos, as far as looks go."""
+    truth = np.arange(4 * subjects * 5).reshape(4, subjects, 5) % 2
+    likeness = np.tile(-1.0 + np.eye(subjects), (4, 1, 1))
+    several = subjects > 1
+    return Verdict(
+        looks_right(np.repeat(truth.reshape(-1, 1, 5), 9, 1), truth.reshape(-1, 5), np.ones(5, bool)),
+        retrieval(np.eye(16)[np.zeros(4 * subjects, int)]),
+        confusion(likeness) if several else None,
+        mixing(truth, truth) if several else None,
+        CopyPaste(mean([0.1, 0.2]), void(0.0), share([True, False], chance=0.5)),
+        share([True] * 4, chance=0.2),
+    )
+
+
 def test_report_of_what_was_measured(tmp_path: Path):
     generator = np.random.default_rng(0)
-    jobs = write_jobs(tmp_path / "samples", height=32, width=32, seed=0)
-    for job in jobs:
-        frames = generator.integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
-        write_video(tmp_path / "samples" / f"{job.key}.mp4", frames, fps=8)
+    jobs = draw_jobs(tmp_path / "samples", SCENES, height=32, width=32, seed=0)
+    write_jobs(tmp_path / "samples", jobs)
+    for arm in ARMS:
+        (tmp_path / "samples" / arm).mkdir()
+        for job in jobs:
+            frames = generator.integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
+            write_video(tmp_path / "samples" / arm / f"{job.key}.mp4", frames, fps=8)
     (tmp_path / "training" / "adapter").mkdir(parents=True)
     config = RefAlignConfig(attention="isolated", lora_scope="reference")
     config.save(tmp_path / "training" / "adapter")
@@ -148,12 +198,16 @@ def test_report_of_what_was_measured(tmp_path: Path):
     labels = np.repeat(np.arange(4), 4)
     clustered = np.eye(4)[labels] + 0.01 * generator.normal(size=(16, 4))
     features = FeatureViews([f"ball-{i}" for i in range(4)], labels, 1, generator.normal(size=(16, 4)), clustered)
-    losses = torch.rand(64, 4, dtype=torch.float64)
-    measured = Measured(Sensitivity(0.3, 0.4, 0.3, 0.5, 64, 1e-5, losses), features)
+    losses = torch.tensor([0.3, 0.4, 0.3, 0.5]).double() + 0.01 * torch.rand(64, 4, dtype=torch.float64)
+    sensitivity = Sensitivity(0.3, 0.4, 0.3, 0.5, 64, 1e-5, losses)
+    rises = attribution(np.full((3, 2), 0.2), np.full((3, 2, 2), 0.3) - 0.1 * (1 - np.eye(2)))
+    verdicts = {"one": verdict_of(1), "two": verdict_of(2)}
+    measured = Measured(Losses(sensitivity, {2: rises}), verdicts, features)
     options = {"seed": 0, "train_clips": 12, "output": None}
     write_demo_report(tmp_path, measured, options, {"world": 1.0}, ["refalign generate --prompt 'x'"])
 
     facts = json.loads((tmp_path / "report.json").read_text())
+    assert facts["reference_sensitivity"].pop("p_value_none") < 1e-9
     assert facts["reference_sensitivity"] == {
         "true": 0.3,
         "shuffled": 0.4,
@@ -162,12 +216,22 @@ def test_report_of_what_was_measured(tmp_path: Path):
         "n": 64,
         "p_value": 1e-5,
     }
+    assert {name: facts["identity"][name] for name in ("top1", "n", "chance")} == {"top1": 1, "n": 4, "chance": 1 / 16}
+    for path in MEASURES:
+        found = facts
+        for name in path.path:
+            found = found[name]
+        assert {"low", "high", "n"} <= set(found), path.name
+    assert facts["attribution"]["2"]["use"]["value"] == pytest.approx(0.1)
+    assert facts["confusion"]["mixing"]["mixed"]["value"] == 0
     assert facts["reference_features"]["after"]["retrieval"] == 1.0
     assert (facts["steps"], facts["adapter_bytes"], facts["options"]) == (9, 1_500_000, {"seed": 0, "train_clips": 12})
     text = (tmp_path / "report.html").read_text()
     assert "1.5 MB" in text
-    assert text.count("<video") == len(jobs)
+    assert text.count("<video") == len(ARMS) * len(jobs)
     assert "Yes: the adapter uses its references" in text
+    assert "100% (51% to 100%, n = 4)" in text
+    assert "not measured" in text  # an angle that no subject shows
     assert Image.open(tmp_path / "demo.gif").n_frames == 5
 
 
@@ -197,7 +261,7 @@ def test_whole_demo_interrupted_and_taken_up_again(tmp_path: Path):
     first.send_signal(signal.SIGINT)
     first.communicate()
     assert first.returncode == 130
-    assert set(json.loads((folder / "demo.json").read_text())["seconds"]) == {"world", "cache"}
+    assert set(json.loads((folder / "demo.json").read_text())["seconds"]) == {"first", "world", "cache"}
     assert list((folder / "training").glob("checkpoint-*"))
 
     second = demo_process(folder)
@@ -206,10 +270,13 @@ def test_whole_demo_interrupted_and_taken_up_again(tmp_path: Path):
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [row["step"] for row in steps if "train/flow" in row] == list(range(1, 13))
     facts = json.loads((folder / "report.json").read_text())
-    assert set(facts["reference_sensitivity"]) == {"true", "shuffled", "swapped", "none", "n", "p_value"}
+    names = {"true", "shuffled", "swapped", "none", "n", "p_value", "p_value_none"}
+    assert set(facts["reference_sensitivity"]) == names
     assert facts["reference_sensitivity"]["n"] == 16
     assert (folder / "report.html").stat().st_size > 50_000
-    assert len(list((folder / "samples").glob("*.mp4"))) == len(read_jobs(folder / "samples"))
+    for arm in ARMS:
+        assert len(list((folder / "samples" / arm).glob("*.mp4"))) == len(read_jobs(folder / "samples"))
+    assert Image.open(folder / "first" / "first.gif").n_frames == 9
 
     lines = [line for line in output.splitlines() if " generate --" in line]
     assert len(lines) == 2

@@ -21,7 +21,7 @@ from refalign_adapter.branch.switched_on import branch_of
 from refalign_adapter.library_output import quiet_libraries
 from refalign_adapter.world.evaluation import Scenes, facts, measure_losses, watch_scenes
 from refalign_adapter.world.reading import Judge
-from refalign_adapter.world.watching import Sampling
+from refalign_adapter.world.sampling import Sampling
 
 
 def evaluate(base: str, adapter: str | None, scenes: Scenes, sampling: Sampling, seeds: int, losses: int) -> dict:
@@ -30,7 +30,6 @@ def evaluate(base: str, adapter: str | None, scenes: Scenes, sampling: Sampling,
     judge = Judge.load()
     with quiet_libraries():
         pipe = ra.load_adapter(WanPipeline.from_pretrained(base), adapter or ra.demo_adapter())
-    pipe.set_progress_bar_config(disable=True)
     verdicts = watch_scenes(pipe, judge, scenes, sampling, seeds=range(seeds))
     watched = time.perf_counter() - started
     branch = branch_of(pipe.transformer)
