@@ -63,14 +63,15 @@ def make_handler(pipe, fps: int) -> type[BaseHTTPRequestHandler]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True)
-    parser.add_argument("--adapter", required=True)
+    parser.add_argument("--base", required=True, help="folder or Hub id; demo: the demo's small world")
+    parser.add_argument("--adapter", required=True, help="likewise")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--fps", type=int, default=16)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = WanPipeline.from_pretrained(options.base, torch_dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    pipe = ra.load_adapter(base.to(device), options.adapter)
+    folder = ra.demo_base() if options.base == "demo" else options.base
+    base = WanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    pipe = ra.load_adapter(base.to(device), ra.demo_adapter() if options.adapter == "demo" else options.adapter)
     server = HTTPServer(("127.0.0.1", options.port), make_handler(pipe, options.fps))
     print(f"listening on http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import refalign_adapter as ra
 from refalign_adapter.atomic import atomic_file
 from refalign_adapter.recipes.shipped import copy_recipe
 
@@ -59,7 +60,7 @@ def clip_of(picture: Path, clips: list[Path]) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True)
-    parser.add_argument("--base", required=True)
+    parser.add_argument("--base", required=True, help="folder or Hub id; demo: the demo's small world")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--recipe", default="wan2.1-t2v-1.3b/stage1", help="see `refalign recipes list`")
     parser.add_argument("changes", nargs="*", help="recipe fields to change, key=value")
@@ -70,8 +71,9 @@ def main() -> None:
     recipe = options.output / "my_recipe.yaml"
     if not recipe.exists():  # a second run goes on with the first one's, which you may have edited
         copy_recipe(options.recipe, recipe)
+    base = ra.demo_base() if options.base == "demo" else options.base
     changes = [
-        f"pretrained_model_name_or_path={options.base}",
+        f"pretrained_model_name_or_path={base}",
         f"output_dir={options.output}",
         f"data.train_data={manifest}",
         f"data.cache_dir={options.output / 'cache'}",

@@ -12,8 +12,10 @@ from ..signals import stopping_means
 
 
 def generate(
-    base: Annotated[str, typer.Option(help="Diffusers folder or Hub id of the text-to-video model.")],
-    adapter: Annotated[str, typer.Option(help="Adapter folder or Hub id.")],
+    base: Annotated[
+        str, typer.Option(help="Diffusers folder or Hub id of the text-to-video model; demo: the demo's.")
+    ],
+    adapter: Annotated[str, typer.Option(help="Adapter folder or Hub id; demo: the demo's.")],
     output: Annotated[Path, typer.Option(help="An .mp4 file; with --prompts a folder.")],
     prompt: Annotated[str | None, typer.Option(help="What happens in the video.")] = None,
     reference: Annotated[list[str] | None, typer.Option(help="A reference image; repeat for more.")] = None,
@@ -60,7 +62,9 @@ def generate(
     if prompts is not None and any(one):
         raise UserError("generate: --reference goes with --prompt; a prompt file names its own references")
     from ..generation.generate import GenerateOptions, generate_many, generate_one
+    from ..world.shipped import adapter_named, base_named
 
+    values |= {"base": base_named(base), "adapter": adapter_named(adapter)}
     options = GenerateOptions(
         **{name: values[name] for name in GenerateOptions.__dataclass_fields__ if name in values}
     )

@@ -212,13 +212,23 @@ def write_recipe(options: DemoOptions) -> None:
     text = re.sub(
         rf"{RECIPE_FOLDER}/([\w./-]+)", lambda match: json.dumps(str(folder / match[1])), path.read_text("utf-8")
     )
-    values = {"seed": options.seed}
+    values: dict[str, object] = {"seed": options.seed}
+    if fast_bf16():
+        values["mixed_precision"] = "bf16"
     if options.steps:
         values |= {"max_train_steps": options.steps, "lr_warmup_steps": options.steps // 10}
     for name, value in values.items():
         text = re.sub(rf"^{name}: .*$", f"{name}: {value}", text, flags=re.MULTILINE)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def fast_bf16() -> bool:
+    """Whether this CPU multiplies in bfloat16: training is then a third faster in it; elsewhere it would be slower."""
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def make_cache(options: DemoOptions) -> None:

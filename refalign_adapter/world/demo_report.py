@@ -72,8 +72,8 @@ def write_demo_report(
         ),
         Section(
             "In numbers",
-            "A small judge, which took no part in training, reads in the videos where each subject is and how "
-            f"looks. Only looks count that it reads right in 95 of 100 drawn frames: {_words(Judge.load().counted)}. "
+            "A small judge, which took no part in training, reads in the videos where subjects are and how they "
+            f"look. Only looks count that it reads right in 95 of 100 drawn frames: {_words(Judge.load().counted)}. "
             "In brackets the interval of 95 %. The shipped adapter's figures were measured beforehand, on more "
             "videos with five seeds.",
             explained_table(
