@@ -21,7 +21,9 @@ from PIL import Image
 
 import refalign_adapter as ra
 
-ALLOWED = {"height", "width", "num_frames", "num_inference_steps", "guidance_scale", "image_guidance_scale"}
+SIZE = {"height", "width", "num_frames"}
+GUIDANCE = {"guidance_scale", "image_guidance_scale", "guidance_refresh", "negative_prompt"}
+ALLOWED = {*SIZE, *GUIDANCE, "num_inference_steps"}
 
 
 def generate(pipe, request: dict, fps: int) -> bytes:

@@ -19,7 +19,12 @@ OPTIONAL = {
     "xformers": "an optional attention backend: pip install 'refalign-adapter[xformers]'",
 }
 # bf16 weights of base, text encoder and VAE by parameter count; activations and optimizer state come on top.
-WEIGHTS_GB = {"Wan 2.1 T2V 1.3B": (2.8, 11.4), "Wan 2.1 T2V 14B": (28.6, 11.4)}
+WEIGHTS_GB = {
+    "Wan 2.1 T2V 1.3B": (2.8, 11.4),
+    "Wan 2.1 T2V 14B": (28.6, 11.4),
+    "Wan 2.2 TI2V-5B": (10.0, 11.4),
+    "LTX-Video 0.9": (3.8, 9.5),
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def _accelerator() -> list[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        advice = "the demo runs on the CPU; Wan 2.1 needs a CUDA GPU to be practical"
+        advice = "the demo runs on the CPU; the models below need a CUDA GPU to be practical"
         return [Finding("GPU", "none that torch can use", None, advice)]
     findings = []
     for index in range(torch.cuda.device_count()):

@@ -10,6 +10,31 @@ import typer
 from ..errors import UserError
 from ..signals import stopping_means
 
+DEFAULTS: dict[str, float] = {
+    "height": 480,
+    "width": 832,
+    "num_frames": 81,
+    "fps": 16,
+    "num_inference_steps": 50,
+    "guidance_scale": 7.5,
+    "image_guidance_scale": 5.0,
+}
+DEMO: dict[str, float] = {
+    "height": 64,
+    "width": 64,
+    "num_frames": 9,
+    "fps": 8,
+    "num_inference_steps": 25,
+    "guidance_scale": 2.0,
+    "image_guidance_scale": 3.0,
+}
+"""Of the demo's base, which knows no other size."""
+
+
+def shown(name: str) -> str:
+    """An option's defaults in words."""
+    return f"{DEFAULTS[name]:g}; of demo {DEMO[name]:g}"
+
 
 def generate(
     base: Annotated[
@@ -23,15 +48,28 @@ def generate(
         Path | None, typer.Option(help="Many videos: JSONL of key, prompt, references; or OpenS2V-Eval's JSON.")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="In place of the empty text.")] = None,
-    height: Annotated[int, typer.Option(help="Pixels.")] = 480,
-    width: Annotated[int, typer.Option(help="Pixels.")] = 832,
-    num_frames: Annotated[int, typer.Option(help="Frames: 4 k + 1 for Wan, 8 k + 1 for LTX-Video.")] = 81,
-    fps: Annotated[float, typer.Option(help="Frames per second of the file.")] = 16,
-    num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="How strongly the prompt pulls; 1 turns it off.")] = 7.5,
+    height: Annotated[int | None, typer.Option(help="Pixels.", show_default=shown("height"))] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.", show_default=shown("width"))] = None,
+    num_frames: Annotated[
+        int | None,
+        typer.Option(help="Frames: 4 k + 1 for Wan, 8 k + 1 for LTX-Video.", show_default=shown("num_frames")),
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames per second of the file.", show_default=shown("fps"))
+    ] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(help="Denoising steps.", show_default=shown("num_inference_steps"))
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="How strongly the prompt pulls; 1 turns it off.", show_default=shown("guidance_scale")),
+    ] = None,
     image_guidance_scale: Annotated[
-        float, typer.Option(help="How strongly the references pull; 1 turns it off.")
-    ] = 5.0,
+        float | None,
+        typer.Option(
+            help="How strongly the references pull; 1 turns it off.", show_default=shown("image_guidance_scale")
+        ),
+    ] = None,
     guidance_interval: Annotated[
         tuple[float, float], typer.Option(help="Start and stop of guidance, as shares of the steps.")
     ] = (0.0, 1.0),
@@ -62,9 +100,11 @@ def generate(
     if prompts is not None and any(one):
         raise UserError("generate: --reference goes with --prompt; a prompt file names its own references")
     from ..generation.generate import GenerateOptions, generate_many, generate_one
-    from ..world.shipped import adapter_named, base_named
+    from ..world.shipped import NAME, adapter_named, base_named
 
     values |= {"base": base_named(base), "adapter": adapter_named(adapter)}
+    defaults = DEMO if base == NAME else DEFAULTS
+    values |= {name: value for name, value in defaults.items() if values[name] is None}
     options = GenerateOptions(
         **{name: values[name] for name in GenerateOptions.__dataclass_fields__ if name in values}
     )

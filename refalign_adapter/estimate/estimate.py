@@ -142,7 +142,10 @@ def _notes(setting: Setting, given: Recipe, asked: Asked) -> Iterator[str]:
         "been compared with a GPU"
     )
     if given.mixed_precision is None:
-        yield f"mixed_precision: {recipe.mixed_precision}, as the recipe leaves it to accelerate launch"
+        yield (
+            f"mixed_precision: {recipe.mixed_precision}, as refalign train takes it on a GPU; accelerate launch goes "
+            "by its own configuration"
+        )
     if found is None and asked.rows is None:
         yield "data: the sources are not on this machine; the cache is told for one row, --rows N multiplies it"
     if found and found.problems:

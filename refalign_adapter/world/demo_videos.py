@@ -9,6 +9,7 @@ Videos of one scene start from the same noise, whatever the adapter and the refe
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any
 from ..library_output import quiet_libraries
 from ..media.image_files import read_images
 from ..media.video_file import write_video
-from ..pipelines.load import load_adapter
 from .demo_samples import Job, read_jobs
 from .sampling import Sampling, sample_videos
 from .shipped import demo_adapter
@@ -36,6 +36,8 @@ def generate_samples(folder: Path, size: dict[str, Any], seed: int) -> None:
         seed: of the noise.
     """
     from diffusers import WanPipeline
+
+    from ..pipelines.load import load_adapter
 
     jobs = read_jobs(folder / "samples")
     with quiet_libraries():
@@ -72,6 +74,7 @@ def main() -> None:
     from ..json_files import read_json
     from .demo import STATE, frame_size
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of CPU kernels that nothing here uses
     folder = Path(sys.argv[1])
     generate_samples(folder, frame_size(folder), read_json(folder / STATE)["options"]["seed"])
 

@@ -55,6 +55,7 @@ def encode_clips(pipe: Any, clips: Sequence[Clip], *, text_tokens: int, seed: in
     others = [_other_look(clip, place, seed) for clip in clips for place in range(len(clip.subjects))]
     encoded = torch.cat([FAMILY.encode_images(pipe, _signal(part)) for part in _parts([*own, *others])])
     text = FAMILY.encode_text(pipe, [clip.caption for clip in clips], text_tokens)
+    _, _, frames, rows, columns = videos.shape
     counts = [len(clip.subjects) for clip in clips]
     references, replacements = (half.split(counts) for half in encoded.split(len(own)))
     return [
@@ -67,7 +68,7 @@ def encode_clips(pipe: Any, clips: Sequence[Clip], *, text_tokens: int, seed: in
                 {},
                 torch.arange(counts[row]),
             ),
-            latent_masks(clip.frame_masks, tuple(videos.shape[2:])),
+            latent_masks(clip.frame_masks, (frames, rows, columns)),
             replacements[row],
         )
         for row, clip in enumerate(clips)

@@ -20,7 +20,7 @@ from .verdict import Verdict, verdict
 from .watching import held_out_clips, watch
 
 SEED = 1001
-SIZE = {"height": 64, "width": 64, "num_frames": 9}
+SIZE: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Scenes:
     one: int = 16
     two: int = 12
     same_kind: int = 0
-    size: Mapping[str, int] = field(default_factory=lambda: SIZE)
+    size: Mapping[str, Any] = field(default_factory=lambda: SIZE)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def measure_losses(
     *,
     seed: int = 0,
     batch_size: int = 8,
-    size: Mapping[str, int] = SIZE,
+    size: Mapping[str, Any] = SIZE,
 ) -> Losses:
     """Flow losses on so many held-out clips for each number of subjects, one to three.
 
@@ -119,7 +119,7 @@ def attribution_of_drawn(
     subjects: int,
     seed: int = 0,
     batch_size: int = 8,
-    size: Mapping[str, int] = SIZE,
+    size: Mapping[str, Any] = SIZE,
 ) -> dict[int, Attribution]:
     """Attribution alone, of clips with so many subjects; arguments as of `measure_losses`."""
     drawn = held_out_clips(clips, subjects, seed=SEED, **size)
