@@ -254,7 +254,7 @@ def generate(options: DemoOptions) -> None:
     size = frame_size(folder)
     jobs = draw_jobs(folder / "samples", SCENES, height=size["height"], width=size["width"], seed=options.seed)
     write_jobs(folder / "samples", jobs)
-    run_module("refalign_adapter.world.demo_videos", folder)
+    run_module("refalign_adapter.world.demo_videos", folder, options.seed, json.dumps(size))
 
 
 def _generate(folder: Path, adapter: Path, videos: Path) -> None:

@@ -60,15 +60,30 @@ def write_demo_report(
     write_json(folder / "report.json", facts)
     page = Report("A reference adapter, trained in minutes", _introduction(facts), footer=_footer())
     page.sections = [
+        *_evidence(facts, measured, compared),
+        *_training(rows, measured.features),
+        Section(
+            "Generate again",
+            "Copy, and change the prompt or the reference images; the kinds, motions and places of the demo's "
+            "prompts are all that this small model knows.",
+            code(commands),
+        ),
+        Section("Time", "Where the time went, in seconds.", value_table(["stage", "seconds"], seconds.items())),
+    ]
+    write_report(folder / "report.html", page)
+
+
+def _evidence(facts: dict[str, Any], measured: Measured, compared: Sequence[Comparison]) -> list[Section]:
+    """Videos side by side, the judge's numbers, and losses."""
+    columns = ["base, without references", f"your adapter, {facts['steps']} steps", "shipped adapter, trained long"]
+    sensitivity = measured.losses.sensitivity
+    return [
         Section(
             "Whose subject is this?",
             "The prompt names kinds and motions, never looks: colours can come from the reference images only. Every "
             "prompt comes twice, with other references and the same noise; what differs then, the references did. "
             "These subjects were never trained on.",
-            comparison_table(
-                ["base, without references", f"your adapter, {facts['steps']} steps", "shipped adapter, trained long"],
-                compared,
-            ),
+            comparison_table(columns, compared),
         ),
         Section(
             "In numbers",
@@ -85,9 +100,14 @@ def write_demo_report(
             "Does it use its references?",
             "Noise is taken off held-out clips with the right reference images, with another clip's and with none; "
             "subjects that training never saw. Only if the right ones give the lowest loss, the adapter reads them.",
-            sensitivity_answer(measured.losses.sensitivity)
-            + plot(pictures.sensitivity_picture(measured.losses.sensitivity), "reference sensitivity"),
+            sensitivity_answer(sensitivity) + plot(pictures.sensitivity_picture(sensitivity), "reference sensitivity"),
         ),
+    ]
+
+
+def _training(rows: Sequence[dict[str, Any]], features: FeatureViews) -> list[Section]:
+    """What the run's curves and the references' features say."""
+    return [
         Section(
             "Losses",
             "Left, how well the model removes noise, where lower is better; right, how far reference tokens are "
@@ -100,16 +120,8 @@ def write_demo_report(
             "vision teacher's features do; 1 is perfect.",
             plot(pictures.cosine_picture(rows), "cosine per block"),
         ),
-        _features_section(measured.features),
-        Section(
-            "Generate again",
-            "Copy, and change the prompt or the reference images; the kinds, motions and places of the demo's "
-            "prompts are all that this small model knows.",
-            code(commands),
-        ),
-        Section("Time", "Where the time went, in seconds.", value_table(["stage", "seconds"], seconds.items())),
+        _features_section(features),
     ]
-    write_report(folder / "report.html", page)
 
 
 def _features_section(features: FeatureViews) -> Section:

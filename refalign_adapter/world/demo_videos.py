@@ -1,4 +1,4 @@
-"""The demo's sample videos, in a process of their own: `python -m refalign_adapter.world.demo_videos DIR`.
+"""The demo's sample videos, in a process of their own: `python -m refalign_adapter.world.demo_videos DIR …`.
 
     DIR/samples/base       the prompts without references: the base model's own videos
     DIR/samples/trained    with their references and the adapter that was just trained
@@ -9,6 +9,7 @@ Videos of one scene start from the same noise, whatever the adapter and the refe
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -70,13 +71,10 @@ def _generate(
 
 
 def main() -> None:
-    """The process that the demo starts."""
-    from ..json_files import read_json
-    from .demo import STATE, frame_size
-
+    """The process that the demo starts: folder, seed, and the size as JSON."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of CPU kernels that nothing here uses
-    folder = Path(sys.argv[1])
-    generate_samples(folder, frame_size(folder), read_json(folder / STATE)["options"]["seed"])
+    folder, seed, size = sys.argv[1:]
+    generate_samples(Path(folder), json.loads(size), int(seed))
 
 
 if __name__ == "__main__":
