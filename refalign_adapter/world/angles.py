@@ -13,19 +13,24 @@ ANGLES = 36
 SIZE = 96
 
 
-def estimate_pose(crop: np.ndarray, mask: np.ndarray, subject: Subject) -> tuple[float, bool]:
-    """The angle in (-pi, pi], in steps of 10 degrees, and the mirroring of the drawn view that is most alike.
+def estimate_pose(
+    crop: np.ndarray, mask: np.ndarray, subject: Subject, *, within: float = np.pi
+) -> tuple[float, bool]:
+    """The angle, in steps of 10 degrees, and the mirroring of the drawn view that is most alike.
 
     Args:
         crop, mask: float (side, side, 3) and bool (side, side), see `canonical`.
         subject: whose looks the drawn views have.
+        within: the largest angle to either side, where it is known that the subject is not turned further: a blurred
+            figure is easily taken for one upside down.
     """
-    views = _views(subject, len(crop))
+    angles = 2 * np.pi * np.arange(ANGLES) / ANGLES
+    angles = np.where(angles > np.pi, angles - 2 * np.pi, angles)
     weight = mask[..., None] * np.ones(3)
-    alike = [_correlation(crop, view, weight) for view in views]
-    mirrored, step = divmod(int(np.argmax(alike)), ANGLES)
-    angle = 2 * np.pi * step / ANGLES
-    return (angle if angle <= np.pi else angle - 2 * np.pi), bool(mirrored)
+    alike = np.array([_correlation(crop, view, weight) for view in _views(subject, len(crop))])
+    allowed = np.tile(np.abs(angles) <= within, 2)
+    mirrored, step = divmod(int(np.where(allowed, alike, -np.inf).argmax()), ANGLES)
+    return float(angles[step]), bool(mirrored)
 
 
 def _correlation(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> float:

@@ -30,6 +30,8 @@ CANDIDATES = 16
 VIEWS = 8
 TURNING = ("rolls", "spins", "sways")
 """Begin the motions in which a subject turns."""
+LEANING = np.pi / 3
+"""More than others lean, and than references do."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,11 @@ def _compare(clip: Clip, place: int, video: np.ndarray, masks: np.ndarray, seed:
     views = [canonical(np.asarray(image), np.asarray(other) > 0) for image, other in pictures]
     both = np.stack([mask & other for _, other in views])
     alike = ncc(np.stack([crop] * len(views)), np.stack([view for view, _ in views]), both)
-    angle, mirrored = estimate_pose(crop, mask, subject)
+    turning = clip.motions[place].startswith(TURNING)
+    angle, mirrored = estimate_pose(crop, mask, subject, within=np.pi if turning else LEANING)
     return _Comparison(
         number,
-        clip.motions[place].startswith(TURNING),
+        turning,
         float(alike[0]),
         alike[1:].tolist(),
         angle,
