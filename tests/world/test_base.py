@@ -16,9 +16,9 @@ from refalign_adapter.errors import UserError
 from refalign_adapter.world.base import ASSETS, pack, unpack_base, unpack_teacher
 
 # Bars a little below what the shipped weights measure.
-VIDEO_PSNR = 19.0
-STILL_PSNR = 23.0
-FLOW_LOSS = 0.6
+VIDEO_PSNR = 22.0
+STILL_PSNR = 24.0
+FLOW_LOSS = 0.25
 RETRIEVAL = 0.5
 
 
@@ -38,7 +38,7 @@ def videos():
 
 
 def test_the_assets_are_small():
-    assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 10e6
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 25e6
 
 
 def test_a_stock_pipeline_generates_a_clip(pipe):
