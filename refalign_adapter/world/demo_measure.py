@@ -25,6 +25,7 @@ from ..families.wan import FAMILY
 from ..library_output import quiet_libraries
 from ..pipelines.load import load_adapter
 from .demo_samples import SPLIT, draw_prepared
+from .demo_videos import SAVING
 from .evaluation import Losses, Scenes, attribution_of_drawn, watch_scenes
 from .reading import Judge
 from .sampling import Sampling
@@ -102,7 +103,9 @@ def measure(base: Path, adapter: Path, cache_dir: Path, *, size: Mapping[str, in
     held_out = [rows[index] for index in range(len(rows))]
     attribution = attribution_of_drawn(made, trained, ATTRIBUTED, subjects=2, seed=seed, size=size)
     losses = Losses(reference_sensitivity(trained, held_out, seed=seed), attribution)
-    verdicts = watch_scenes(made, Judge.load(), Scenes(one=16, two=8, size=size), Sampling(), seeds=[seed])
+    verdicts = watch_scenes(
+        made, Judge.load(), Scenes(one=16, two=8, size=size), Sampling(arguments=SAVING), seeds=[seed]
+    )
     return Measured(losses, verdicts, features)
 
 
