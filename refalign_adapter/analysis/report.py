@@ -117,7 +117,14 @@ def comparison_table(heads: Sequence[str], rows: Iterable[Comparison]) -> str:
 def explained_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of texts, such as numbers with their intervals and what they mean."""
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    lines = ["<tr>" + "".join(f"<td>{escape(value)}</td>" for value in row) + "</tr>" for row in rows]
+    lines = [
+        "<tr>"
+        + "".join(
+            f'<td data-name="{escape(name)}">{escape(value)}</td>' for name, value in zip(names, row, strict=True)
+        )
+        + "</tr>"
+        for row in rows
+    ]
     return f'<div class="scroll"><table class="explained">\n<tr>{head}</tr>\n' + "\n".join(lines) + "\n</table></div>"
 
 

@@ -1,7 +1,7 @@
 """The world's pretrained parts, shipped with the package: a tiny Wan pipeline and a tiny teacher.
 
 Each is two files in `assets/`: all weights as float16 in one safetensors file, all JSON files of the folder in one.
-Unpacking writes the folder that diffusers or transformers load. `tools/world/pretrain.py` made them.
+Unpacking writes the folder that diffusers or transformers load. `tools/world/pretrain.py` tells how they were made.
 """
 
 from pathlib import Path
